@@ -1,0 +1,1 @@
+"""One GPU, one model, one gRPC server."""

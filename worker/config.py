@@ -1,0 +1,70 @@
+"""Settings of one worker: what it loads, how much it may hold, where it listens.
+
+Frozen pydantic models; unknown keys are refused; every default stands here and nowhere else.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class EngineConfig(BaseModel):
+    """What the engine loads and how it batches."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: Path
+    """Hugging Face checkpoint folder (config.json, safetensors, tokenizer.json)."""
+    device: str = "auto"
+    """`auto` is the GPU if there is one, else the CPU; or a torch device such as `cuda:0`."""
+    dtype: DTypeName = "auto"
+    """`auto` is float32 on the CPU and bfloat16 on a GPU."""
+    max_context: int | None = Field(default=None, gt=0)
+    """Longest prompt plus answer in tokens; None takes the model's own limit, at most 8192."""
+    max_sequences: int = Field(default=64, gt=0)
+    """Sequences that may run in one step."""
+    max_step_tokens: int = Field(default=512, gt=0)
+    """Tokens computed in one step; longer prompts are prefilled in chunks of at most this."""
+    block_size: int = Field(default=16, gt=0)
+    """Tokens in one block of the KV cache."""
+    kv_tokens: int | None = Field(default=None, gt=0)
+    """Tokens the KV cache holds in full-attention layers; None fits it to the memory."""
+    kv_memory_gib: float | None = Field(default=None, gt=0)
+    """Memory for the KV cache in GiB; None takes a share of what is free after loading."""
+    prefix_cache: bool = True
+    """Reuse the KV blocks of a prompt's beginning that an earlier request has computed."""
+    max_logprobs: int = Field(default=64, ge=0)
+    """Most candidates a request may ask for at each token."""
+    max_outputs: int = Field(default=16, gt=0)
+    """Most answers (`n`) a request may ask for."""
+    max_waiting: int = Field(default=1024, gt=0)
+    """Sequences that may wait; a further request is refused with RESOURCE_EXHAUSTED."""
+    threads: int | None = Field(default=None, gt=0)
+    """CPU threads for torch; None leaves torch's own choice."""
+
+    @model_validator(mode="after")
+    def _one_cache_size(self) -> "EngineConfig":
+        if self.kv_tokens is not None and self.kv_memory_gib is not None:
+            raise ValueError("give kv_tokens or kv_memory_gib, not both")
+        return self
+
+
+class WorkerConfig(BaseModel):
+    """One worker: an engine, a name, and a gRPC address."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(default="worker", min_length=1)
+    """Unique in the fleet; also the name of its Ray actor."""
+    engine: EngineConfig
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = Field(default=0, ge=0, le=65535)
+    """0 takes a free port."""
+    labels: dict[str, str] = Field(default_factory=dict)
+    """Free words for selecting workers."""
+    max_message_mib: int = Field(default=64, gt=0)
+    """Largest gRPC message in either direction."""
