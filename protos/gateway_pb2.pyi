@@ -54,34 +54,6 @@ class CompleteRequest(_message.Message):
     selector: WorkerSelector
     def __init__(self, request: _Optional[_Union[_generation_pb2.GenerateRequest, _Mapping]] = ..., selector: _Optional[_Union[WorkerSelector, _Mapping]] = ...) -> None: ...
 
-class CompleteResponse(_message.Message):
-    __slots__ = ("request_id", "outputs", "usage", "timings", "worker", "model", "prompt_tokens")
-    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
-    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
-    USAGE_FIELD_NUMBER: _ClassVar[int]
-    TIMINGS_FIELD_NUMBER: _ClassVar[int]
-    WORKER_FIELD_NUMBER: _ClassVar[int]
-    MODEL_FIELD_NUMBER: _ClassVar[int]
-    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    request_id: str
-    outputs: _containers.RepeatedCompositeFieldContainer[Output]
-    usage: _generation_pb2.Usage
-    timings: _generation_pb2.Timings
-    worker: str
-    model: str
-    prompt_tokens: _containers.RepeatedCompositeFieldContainer[_generation_pb2.Token]
-    def __init__(self, request_id: _Optional[str] = ..., outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., usage: _Optional[_Union[_generation_pb2.Usage, _Mapping]] = ..., timings: _Optional[_Union[_generation_pb2.Timings, _Mapping]] = ..., worker: _Optional[str] = ..., model: _Optional[str] = ..., prompt_tokens: _Optional[_Iterable[_Union[_generation_pb2.Token, _Mapping]]] = ...) -> None: ...
-
-class Output(_message.Message):
-    __slots__ = ("text", "tokens", "end")
-    TEXT_FIELD_NUMBER: _ClassVar[int]
-    TOKENS_FIELD_NUMBER: _ClassVar[int]
-    END_FIELD_NUMBER: _ClassVar[int]
-    text: str
-    tokens: _containers.RepeatedCompositeFieldContainer[_generation_pb2.Token]
-    end: _generation_pb2.OutputEnd
-    def __init__(self, text: _Optional[str] = ..., tokens: _Optional[_Iterable[_Union[_generation_pb2.Token, _Mapping]]] = ..., end: _Optional[_Union[_generation_pb2.OutputEnd, _Mapping]] = ...) -> None: ...
-
 class GatewayScoreRequest(_message.Message):
     __slots__ = ("request", "selector")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
@@ -91,7 +63,7 @@ class GatewayScoreRequest(_message.Message):
     def __init__(self, request: _Optional[_Union[_generation_pb2.ScoreRequest, _Mapping]] = ..., selector: _Optional[_Union[WorkerSelector, _Mapping]] = ...) -> None: ...
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("name", "state", "address", "model", "labels", "incarnation", "device", "open_requests", "served_requests", "restarts")
+    __slots__ = ("name", "state", "address", "model", "labels", "incarnation", "device", "open_requests", "served_requests", "restarts", "reason", "process")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -109,6 +81,8 @@ class WorkerInfo(_message.Message):
     OPEN_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     SERVED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     RESTARTS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_FIELD_NUMBER: _ClassVar[int]
     name: str
     state: WorkerState
     address: str
@@ -119,7 +93,9 @@ class WorkerInfo(_message.Message):
     open_requests: int
     served_requests: int
     restarts: int
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[WorkerState, str]] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., incarnation: _Optional[str] = ..., device: _Optional[str] = ..., open_requests: _Optional[int] = ..., served_requests: _Optional[int] = ..., restarts: _Optional[int] = ...) -> None: ...
+    reason: str
+    process: int
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[WorkerState, str]] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., incarnation: _Optional[str] = ..., device: _Optional[str] = ..., open_requests: _Optional[int] = ..., served_requests: _Optional[int] = ..., restarts: _Optional[int] = ..., reason: _Optional[str] = ..., process: _Optional[int] = ...) -> None: ...
 
 class ListWorkersRequest(_message.Message):
     __slots__ = ("selector",)

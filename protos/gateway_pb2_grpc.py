@@ -43,7 +43,7 @@ class GatewayServiceStub:
         self.Complete = channel.unary_unary(
                 '/conclave.v1.GatewayService/Complete',
                 request_serializer=conclave_dot_protos_dot_gateway__pb2.CompleteRequest.SerializeToString,
-                response_deserializer=conclave_dot_protos_dot_gateway__pb2.CompleteResponse.FromString,
+                response_deserializer=conclave_dot_protos_dot_generation__pb2.CompleteResponse.FromString,
                 _registered_method=True)
         self.Score = channel.unary_unary(
                 '/conclave.v1.GatewayService/Score',
@@ -111,7 +111,7 @@ def add_GatewayServiceServicer_to_server(servicer, server):
             'Complete': grpc.unary_unary_rpc_method_handler(
                     servicer.Complete,
                     request_deserializer=conclave_dot_protos_dot_gateway__pb2.CompleteRequest.FromString,
-                    response_serializer=conclave_dot_protos_dot_gateway__pb2.CompleteResponse.SerializeToString,
+                    response_serializer=conclave_dot_protos_dot_generation__pb2.CompleteResponse.SerializeToString,
             ),
             'Score': grpc.unary_unary_rpc_method_handler(
                     servicer.Score,
@@ -182,7 +182,7 @@ class GatewayService:
             target,
             '/conclave.v1.GatewayService/Complete',
             conclave_dot_protos_dot_gateway__pb2.CompleteRequest.SerializeToString,
-            conclave_dot_protos_dot_gateway__pb2.CompleteResponse.FromString,
+            conclave_dot_protos_dot_generation__pb2.CompleteResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -60,11 +60,16 @@ class WorkerConfig(BaseModel):
     name: str = Field(default="worker", min_length=1)
     """Unique in the fleet; also the name of its Ray actor."""
     engine: EngineConfig
-    host: str = "127.0.0.1"
-    """Address to listen on."""
+    host: str = Field(default="auto", min_length=1)
+    """Address to listen on; `auto` is the node's own in a Ray cluster, else the loopback."""
     port: int = Field(default=0, ge=0, le=65535)
     """0 takes a free port."""
     labels: dict[str, str] = Field(default_factory=dict)
     """Free words for selecting workers."""
     max_message_mib: int = Field(default=64, gt=0)
     """Largest gRPC message in either direction."""
+
+    @property
+    def listen_host(self) -> str:
+        """The address to bind when nobody has named one."""
+        return "127.0.0.1" if self.host == "auto" else self.host

@@ -1,13 +1,13 @@
 """The errors a user of a worker can cause or meet; each message says what to do.
 
-    ConclaveError
-    ├── CheckpointError (ValueError)   a checkpoint cannot be loaded or run
-    ├── ConfigError     (ValueError)   settings that cannot work together or on this machine
-    ├── InvalidRequest  (ValueError)   a request breaks a rule; names every field that does
-    ├── Overloaded                     the queue is full; says when to try again
-    ├── Unavailable                    the worker is draining, stopped or broken
-    ├── DeadlineExceeded               the request's time ran out
-    └── Cancelled                      the caller gave the request up
+ConclaveError
+├── CheckpointError (ValueError)   a checkpoint cannot be loaded or run
+├── ConfigError     (ValueError)   settings that cannot work together or on this machine
+├── InvalidRequest  (ValueError)   a request breaks a rule; names every field that does
+├── Overloaded                     the queue is full; says when to try again
+├── Unavailable                    the worker is draining, stopped or broken
+├── DeadlineExceeded               the request's time ran out
+└── Cancelled                      the caller gave the request up
 """
 
 from dataclasses import dataclass

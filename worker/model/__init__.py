@@ -1,1 +1,1 @@
-"""The Gemma 4 text decoder."""
+"""Gemma 4's text decoder: its shape (config), its parts (layers), the whole (decoder)."""

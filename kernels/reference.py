@@ -1,0 +1,86 @@
+"""Every op in plain torch: the truth that kernels are tested against, and what runs on a CPU.
+
+A kernel has the name and the signature of its reference. What this file gave up is bandwidth: paged
+attention copies the keys and values it reads before it multiplies, which a kernel reads in place.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """Where B sequences of L queries each find their keys; made once a step and cache group.
+
+    Key j of row b lies in block `tables[b, j // block_size]`. Query i of row b sees key j if
+    `offsets[b] + i - window < j <= offsets[b] + i` (no lower bound when `window` is None).
+    """
+
+    tables: Tensor
+    """int64 [B, blocks]: physical blocks, shorter rows filled up with any valid block."""
+    offsets: Tensor
+    """int64 [B]: the key index of each row's first query."""
+    window: int | None
+    bias: Tensor
+    """[B, 1, L, blocks * block_size] in the queries' dtype: the rule above, 0 if seen and -inf if not.
+
+    A kernel that masks as it goes needs `offsets` and `window` only.
+    """
+
+
+def plan_pages(
+    tables: Tensor,
+    offsets: Tensor,
+    window: int | None,
+    *,
+    queries: int,
+    block_size: int,
+    dtype: torch.dtype,
+) -> Pages:
+    """The `Pages` of rows with `queries` queries each; `dtype` is the queries'."""
+    keys = torch.arange(tables.shape[1] * block_size, device=tables.device)
+    own = offsets[:, None] + torch.arange(queries, device=tables.device)
+    hidden = keys > own[..., None]
+    if window is not None:
+        hidden |= keys <= own[..., None] - window
+    bias = torch.zeros(hidden.shape, dtype=dtype, device=tables.device)
+    return Pages(tables, offsets, window, bias.masked_fill_(hidden, -torch.inf)[:, None])
+
+
+def write_kv(
+    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor
+) -> None:
+    """Stores `key` and `value` [T, kv_heads, head_dim] of T tokens in the paged caches, in place.
+
+    Caches are [blocks, block_size, kv_heads, head_dim]; token t goes to position `slots[t]` (int64 [T])
+    counted over all blocks. The slots must differ.
+    """
+    key_cache.flatten(0, 1).index_copy_(0, slots, key)
+    value_cache.flatten(0, 1).index_copy_(0, slots, value)
+
+
+def paged_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, pages: Pages) -> Tensor:
+    """softmax(query keys) values with scale 1; [B, L, heads, head_dim] to the same.
+
+    Caches are [blocks, block_size, kv_heads, head_dim]; query head h reads kv head h // (heads / kv_heads).
+    What no query sees must be finite all the same: it is multiplied by zero.
+    """
+    rows, queries, heads, head_dim = query.shape
+    kv_heads = key_cache.shape[2]
+    blocks = pages.tables.flatten()
+    shape = (rows, -1, kv_heads, head_dim)
+    keys = key_cache.index_select(0, blocks).view(shape).transpose(1, 2)
+    values = value_cache.index_select(0, blocks).view(shape).transpose(1, 2)
+    if queries == 1:
+        # The heads of a group take the place of the query positions: no key is repeated.
+        grouped = query.view(rows, kv_heads, heads // kv_heads, head_dim)
+        mixed = F.scaled_dot_product_attention(
+            grouped, keys, values, attn_mask=pages.bias, scale=1.0
+        )
+        return mixed.reshape(query.shape)
+    return F.scaled_dot_product_attention(
+        query.transpose(1, 2), keys, values, attn_mask=pages.bias, scale=1.0, enable_gqa=True
+    ).transpose(1, 2)

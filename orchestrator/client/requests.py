@@ -1,0 +1,175 @@
+"""What a caller asks for, and the messages it becomes. Pure."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+from ...protos import gateway_pb2, generation_pb2
+from ...worker.errors import InvalidRequest, Violation
+
+
+class Sampling(TypedDict, total=False):
+    """How to choose tokens; what is left out takes the checkpoint's own default.
+
+    The fields are those of `SamplingParams` in protos/generation.proto, explained there.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    logit_bias: Mapping[int, float]
+    seed: int
+    n: int
+    max_tokens: int
+    min_tokens: int
+    stop: Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    include_stop: bool
+    skip_special_tokens: bool
+    logprobs: int
+    prompt_logprobs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a chat; roles are system, developer, user, model (or assistant) and tool."""
+
+    role: str
+    content: str
+    tool_calls_json: str | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A prompt made of turns, rendered by the checkpoint's chat template."""
+
+    messages: Sequence[Message]
+    thinking: bool | None = None
+    tools_json: Sequence[str] = ()
+    add_generation_prompt: bool = True
+
+
+Prompt = str | Sequence[int] | Chat
+"""Text, token ids, or a chat."""
+
+
+@dataclass(frozen=True, slots=True)
+class Select:
+    """Which workers may answer; all conditions hold at once."""
+
+    names: Sequence[str] = ()
+    model: str = ""
+    labels: Mapping[str, str] | None = None
+
+
+class Options(Sampling, total=False):
+    """Everything that may be said about an ask beside its prompt."""
+
+    messages: Sequence[Message]
+    """The turns of a chat, instead of a prompt."""
+    thinking: bool
+    """Asks the model to think before it answers; with `messages`."""
+    tools_json: Sequence[str]
+    """Tool declarations, each a JSON object in the OpenAI form; with `messages`."""
+    select: Select
+    """Which workers may answer; any by default."""
+    timeout: float | None
+    """Seconds until DeadlineExceeded; None waits for ever. Default: the client's."""
+    request_id: str
+    """Named in the worker's logs; made up by default."""
+
+
+OWN_OPTIONS = Options.__annotations__.keys() - Sampling.__annotations__.keys()
+
+
+def generate_request(prompt: Prompt | None, options: Options) -> generation_pb2.GenerateRequest:
+    """The message for an ask. Raises InvalidRequest if it cannot be made."""
+    return generation_pb2.GenerateRequest(
+        request_id=options.get("request_id", ""),
+        prompt=prompt_message(_one_prompt(prompt, options)),
+        sampling=sampling_message(options),
+    )
+
+
+def sampling_message(options: Options) -> generation_pb2.SamplingParams:
+    """The message for the sampling fields among the options."""
+    given = {k: v for k, v in options.items() if k not in OWN_OPTIONS and v is not None}
+    unknown = sorted(given.keys() - Sampling.__annotations__.keys())
+    if unknown:
+        raise InvalidRequest([Violation(f"sampling.{name}", "is unknown") for name in unknown])
+    message = generation_pb2.SamplingParams()
+    for name, value in given.items():
+        try:
+            message.MergeFrom(generation_pb2.SamplingParams(**{name: value}))  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest.of(f"sampling.{name}", str(error)) from error
+    return message
+
+
+def score_request(
+    context: Prompt | None,
+    continuations: Sequence[str | Sequence[int]],
+    request_id: str,
+    logprobs: int | None,
+) -> generation_pb2.ScoreRequest:
+    """The message for a score."""
+    request = generation_pb2.ScoreRequest(request_id=request_id, logprobs=logprobs)
+    if context is not None:
+        request.context.CopyFrom(prompt_message(context))
+    for continuation in continuations:
+        if isinstance(continuation, str):
+            request.continuations.add(text=continuation)
+        else:
+            request.continuations.add(token_ids=generation_pb2.TokenIds(ids=continuation))
+    return request
+
+
+def prompt_message(prompt: Prompt) -> generation_pb2.Prompt:
+    """The message for a prompt in any of its three forms."""
+    if isinstance(prompt, str):
+        return generation_pb2.Prompt(text=prompt)
+    if not isinstance(prompt, Chat):
+        return generation_pb2.Prompt(token_ids=generation_pb2.TokenIds(ids=prompt))
+    messages = [
+        generation_pb2.ChatMessage(
+            role=message.role,
+            content=message.content,
+            tool_calls_json=message.tool_calls_json,
+            name=message.name,
+        )
+        for message in prompt.messages
+    ]
+    chat = generation_pb2.Chat(
+        messages=messages,
+        thinking=prompt.thinking,
+        tools_json=prompt.tools_json,
+        add_generation_prompt=prompt.add_generation_prompt,
+    )
+    return generation_pb2.Prompt(chat=chat)
+
+
+def selector_message(select: Select | None) -> gateway_pb2.WorkerSelector | None:
+    """The message for a choice of workers."""
+    if select is None:
+        return None
+    return gateway_pb2.WorkerSelector(
+        names=select.names, model=select.model, labels=select.labels or {}
+    )
+
+
+def _one_prompt(prompt: Prompt | None, options: Options) -> Prompt:
+    messages = options.get("messages")
+    if (prompt is None) == (messages is None):
+        raise InvalidRequest.of("prompt", "give a prompt or `messages`, not both")
+    if messages is None:
+        if "thinking" in options or "tools_json" in options:
+            raise InvalidRequest.of("prompt", "`thinking` and `tools_json` need `messages`")
+        assert prompt is not None
+        return prompt
+    return Chat(messages, options.get("thinking"), options.get("tools_json", ()))

@@ -1,0 +1,120 @@
+"""What the gateway knows of every worker: state, address, load. Plain data, no input or output.
+
+Two sources speak here. Ray, through the supervisor, says where a worker is and whether it lives;
+the worker's own health stream says whether it serves. While the health stream is up it has the
+last word: Ray learns of changes later. Owned by one thread, the gateway's event loop.
+
+    STARTING -> SERVING -> DRAINING -> DOWN
+        ^          |           |        |
+        +----------+-----------+--------+   (a new incarnation)
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+
+class WorkerState(IntEnum):
+    """The numbers are those of `conclave.v1.WorkerState`."""
+
+    STARTING = 1
+    SERVING = 2
+    DRAINING = 3
+    DOWN = 4
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """One worker as the gateway sees it."""
+
+    name: str
+    model: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    state: WorkerState = WorkerState.STARTING
+    address: str = ""
+    incarnation: str = ""
+    device: str = ""
+    reason: str = ""
+    """Why it is not serving; empty while it is."""
+    lost: bool = False
+    """Down, and nobody is going to bring it back."""
+    open_requests: int = 0
+    served_requests: int = 0
+    restarts: int = 0
+    process: int = 0
+    """Process id on its node, 0 if unknown."""
+    epoch: int = 0
+    """How often it turned to SERVING; an ask that failed in an earlier epoch may try again."""
+
+    @property
+    def may_come_back(self) -> bool:
+        """Whether waiting for it can be worth it."""
+        if self.state is WorkerState.DOWN:
+            return not self.lost
+        return self.state is WorkerState.STARTING
+
+
+class Registry:
+    """All known workers by name; every transition is one method."""
+
+    def __init__(self, changed: Callable[[Worker], None] | None = None) -> None:
+        self.workers: dict[str, Worker] = {}
+        self._changed = changed
+
+    def declare(self, name: str, *, model: str = "", labels: Mapping[str, str] = {}) -> Worker:
+        """Makes a worker known before it is there, so that asks for it wait instead of failing."""
+        worker = self.workers.get(name)
+        if worker is None:
+            worker = self.workers[name] = Worker(name, model=model, labels=dict(labels))
+        return worker
+
+    def forget(self, name: str) -> None:
+        """The fleet shall no longer have this worker."""
+        self.workers.pop(name, None)
+
+    def located(self, name: str, address: str, incarnation: str, process: int = 0) -> bool:
+        """Ray says where the worker is; true if it is a process not seen before."""
+        worker = self.declare(name)
+        if worker.incarnation == incarnation:
+            return False
+        if worker.incarnation:
+            worker.restarts += 1
+        worker.address, worker.incarnation, worker.process = address, incarnation, process
+        worker.lost = False
+        self._move(worker, WorkerState.STARTING, "waiting for its health")
+        return True
+
+    def described(self, name: str, *, model: str, device: str, labels: Mapping[str, str]) -> None:
+        """The worker has said what it is."""
+        worker = self.workers[name]
+        worker.model, worker.device, worker.labels = model, device, dict(labels)
+
+    def serving(self, name: str) -> None:
+        """The worker's health says SERVING."""
+        worker = self.workers[name]
+        if worker.state is not WorkerState.SERVING:
+            worker.epoch += 1
+        self._move(worker, WorkerState.SERVING, "")
+
+    def draining(self, name: str) -> None:
+        """The worker's health says NOT_SERVING."""
+        self._move(self.workers[name], WorkerState.DRAINING, "takes no new requests")
+
+    def down(self, name: str, reason: str, *, lost: bool = False) -> None:
+        """The worker cannot be reached; `lost` if it will not be started again."""
+        worker = self.workers[name]
+        worker.lost = lost
+        self._move(worker, WorkerState.DOWN, reason)
+
+    def starting(self, name: str, reason: str) -> None:
+        """Ray is about to start the worker (again); ignored while its health stream is up."""
+        worker = self.declare(name)
+        if worker.state in (WorkerState.STARTING, WorkerState.DOWN):
+            worker.lost = False
+            self._move(worker, WorkerState.STARTING, reason)
+
+    def _move(self, worker: Worker, state: WorkerState, reason: str) -> None:
+        changed = worker.state is not state or worker.reason != reason
+        worker.state, worker.reason = state, reason
+        if changed and self._changed is not None:
+            self._changed(worker)

@@ -1,0 +1,134 @@
+"""From settings to a model that can run: device, weights, tokenizer, and a cache that fits."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+
+from .config import EngineConfig
+from .errors import CheckpointError, ConfigError
+from .model.config import ModelConfig, cache_groups
+from .runner import ModelRunner
+from .scheduling.sizing import CachePlan, plan_cache
+from .text.tokenizer import Tokenizer
+from .weights import load_decoder
+
+Progress = Callable[[int, int], None]
+"""Called with bytes loaded so far and in all."""
+
+_GPU_SHARE = 0.9
+"""Of the GPU memory free after loading; the rest is for activations."""
+_CPU_SHARE, _CPU_LIMIT = 0.25, 2**30
+"""Of the free host memory, and at most: other programs live there too."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A checkpoint on its device, ready to run."""
+
+    config: ModelConfig
+    runner: ModelRunner
+    tokenizer: Tokenizer
+    cache: CachePlan
+    windows: tuple[int | None, ...]
+    """Sliding window of each cache group."""
+    device: torch.device
+    dtype: torch.dtype
+    parameters: int
+    fingerprint: str
+    """Equal weights, equal value."""
+
+
+def load_model(config: EngineConfig, progress: Progress | None = None) -> LoadedModel:
+    """Load a checkpoint as the settings say.
+
+    Raises:
+        CheckpointError: the folder does not hold a Gemma 4 checkpoint that can be run.
+        ConfigError: the device is not there, or the cache does not fit.
+    """
+    folder = config.model
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder; give the path of a checkpoint")
+    device = _device(config.device)
+    dtype = _dtype(config.dtype, device)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    model = ModelConfig.load(folder)
+    tokenizer = Tokenizer(folder)
+    if tokenizer.vocabulary_size > model.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer has {tokenizer.vocabulary_size} tokens, the model only "
+            f"{model.vocab_size}: they do not belong together"
+        )
+    decoder = load_decoder(folder, model, device, dtype, progress)
+    groups = cache_groups(model)
+    plan = plan_cache(
+        config, groups, model.max_position_embeddings, dtype.itemsize, _free_memory(device)
+    )
+    runner = ModelRunner(decoder, model, plan.blocks, config.block_size, device, dtype)
+    return LoadedModel(
+        config=model,
+        runner=runner,
+        tokenizer=tokenizer,
+        cache=plan,
+        windows=tuple(group.window for group in groups),
+        device=device,
+        dtype=dtype,
+        parameters=sum(parameter.numel() for parameter in decoder.parameters()),
+        fingerprint=fingerprint(folder),
+    )
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 of the configuration and of the weight files' names, sizes and headers.
+
+    Cheap even for 60 GB, and different whenever shapes, names or settings are; files that differ
+    only in the values of their weights are told apart by size and sampled contents.
+    """
+    digest = sha256(_canonical_json(folder / "config.json"))
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as file:
+            for index in range(_SAMPLES):
+                file.seek(max(0, size - _SAMPLE_BYTES) * index // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+_SAMPLES, _SAMPLE_BYTES = 64, 65536
+
+
+def _canonical_json(path: Path) -> bytes:
+    return json.dumps(json.loads(path.read_text()), sort_keys=True).encode()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {name!r} cannot be used here: {error}") from error
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that the KV cache may take by default."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * _GPU_SHARE)
+    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(int(pages * _CPU_SHARE), _CPU_LIMIT)

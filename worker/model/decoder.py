@@ -1,0 +1,135 @@
+"""The Gemma 4 text decoder of every size, and the attention that needs no cache.
+
+`Decoder` maps flat tokens to hidden states and those to logits. Who remembers keys is its caller's choice:
+the worker's paged cache (worker/runner.py), or `DenseAttention` here, for whole sequences and for training.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import ModelConfig
+from .layers import Attention, DecoderLayer, RMSNorm, Rotations
+
+__all__ = ["Attention", "Decoder", "DenseAttention"]
+
+
+class Decoder(nn.Module):
+    """Gemma 4 without its image and audio towers.
+
+    weights.py builds it without storage (`torch.device("meta")`) and fills it. A step's tokens lie flat,
+    several sequences end to end without padding; only the `Attention` knows where each one ends.
+    """
+
+    embedding_scale: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        size = config.hidden_size
+        self.embedding = nn.Embedding(config.vocab_size, size)
+        scale = torch.tensor(size**0.5, device="cpu")
+        self.register_buffer("embedding_scale", scale, persistent=False)
+        self.per_layer = PerLayerEmbedding(config) if config.per_layer_input_size else None
+        self.rotations = Rotations(config)
+        self.layers = nn.ModuleList(
+            DecoderLayer(index, layer, config) for index, layer in enumerate(config.layers)
+        )
+        self.norm = RMSNorm(size, config.norm_epsilon)
+        self.head = None if config.tied_head else nn.Linear(size, config.vocab_size, bias=False)
+
+    def forward(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+        """Hidden states after the final norm, [T, hidden], of int64 `tokens` and `positions` [T]."""
+        hidden = self.embedding(tokens)
+        # Rounded to the weights' dtype as in transformers: 53.066 becomes 53.0 in bfloat16.
+        hidden = hidden * self.embedding_scale.to(hidden.dtype)
+        per_layer: Sequence[Tensor | None] = [None] * len(self.layers)
+        if self.per_layer is not None:
+            per_layer = self.per_layer(tokens, hidden)
+        rotations = self.rotations(positions)
+        for layer, rotation, addition in zip(self.layers, rotations, per_layer, strict=True):
+            hidden = layer(hidden, rotation, addition, attention)
+        normed: Tensor = self.norm(hidden)
+        return normed
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Soft-capped logits, float32 [N, vocab], of `forward`'s rows [N, hidden]."""
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        logits = F.linear(hidden, weight).float()
+        cap = self.config.logit_softcap
+        return logits if cap is None else (logits / cap).tanh() * cap
+
+
+class PerLayerEmbedding(nn.Module):
+    """A second embedding with a share for every layer, mixed with a projection of the first."""
+
+    scale: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.size = config.per_layer_input_size
+        width = self.size * len(config.layers)
+        self.embedding = nn.Embedding(config.per_layer_vocab_size, width)
+        self.projection = nn.Linear(config.hidden_size, width, bias=False)
+        self.norm = RMSNorm(self.size, config.norm_epsilon)
+        scale = torch.tensor(self.size**0.5, device="cpu")
+        self.register_buffer("scale", scale, persistent=False)
+
+    def forward(self, tokens: Tensor, embedded: Tensor) -> tuple[Tensor, ...]:
+        """For each layer [T, size], of tokens [T] and their scaled embeddings [T, hidden]."""
+        projected = self.projection(embedded) * embedded.shape[-1] ** -0.5
+        context = self.norm(projected.unflatten(-1, (-1, self.size)))
+        scaled = self.embedding(tokens) * self.scale.to(embedded.dtype)
+        identity = scaled.unflatten(-1, (-1, self.size))
+        return ((context + identity) * 2**-0.5).unbind(1)
+
+
+class DenseAttention:
+    """Attention over sequences that lie whole in the call: full forward, training, tests.
+
+    Neighbours of equal length run as one batch. Keys and values are kept for the layers that read them;
+    make a new one for every call of the decoder. Differentiable.
+    """
+
+    def __init__(self, config: ModelConfig, lengths: Sequence[int]) -> None:
+        self.layers = config.layers
+        self.runs = [(length, len(list(run))) for length, run in groupby(lengths)]
+        sources = enumerate(layer.kv_source for layer in config.layers)
+        self.read_later = {source for layer, source in sources if source != layer}
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self.masks: dict[tuple[int, int | None], Tensor] = {}
+
+    def attend(self, layer: int, query: Tensor, key: Tensor | None, value: Tensor | None) -> Tensor:
+        """See `Attention`."""
+        if key is None or value is None:
+            key, value = self.kept[self.layers[layer].kv_source]
+        elif layer in self.read_later:
+            self.kept[layer] = (key, value)
+        window = self.layers[layer].window
+        outputs = []
+        begin = 0
+        for length, count in self.runs:
+            rows = slice(begin, begin + length * count)
+            parts = (part[rows].unflatten(0, (count, length)) for part in (query, key, value))
+            queries, keys, values = (part.transpose(1, 2) for part in parts)
+            mixed = F.scaled_dot_product_attention(
+                queries,
+                keys,
+                values,
+                attn_mask=self.mask(length, window, query.device),
+                scale=1.0,
+                enable_gqa=True,
+            )
+            outputs.append(mixed.transpose(1, 2).flatten(0, 1))
+            begin = rows.stop
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+    def mask(self, length: int, window: int | None, device: torch.device) -> Tensor:
+        """Bool [length, length]: which keys (columns) a query (row) sees."""
+        if (length, window) not in self.masks:
+            seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+            self.masks[length, window] = seen if window is None else seen.triu(1 - window)
+        return self.masks[length, window]

@@ -1,0 +1,280 @@
+"""The parts of a Gemma 4 decoder: norm, rope, attention, dense MLP, experts, layer.
+
+Own words for transformers' modeling_gemma4.py (research: parity in fp32 within 1e-4). Projections that
+read the same input are one matrix (qkv, gate_up), because at one token a step each matrix is a memory
+read and each torch call 3 to 10 us. Tokens are flat, [T, ...] everywhere; nothing here knows batches,
+pages or masks: keys and values go to an `Attention`. What it gave up: kernels of our own (see kernels/).
+"""
+
+import math
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import ExpertsConfig, LayerConfig, ModelConfig, RopeConfig
+
+
+class Attention(Protocol):
+    """Who holds the keys: called once by each layer, in order."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor | None, value: Tensor | None) -> Tensor:
+        """Softmax(query keys) values over what the tokens may see, with scale 1.
+
+        `query` [T, heads, head_dim]; `key` and `value` [T, kv_heads, head_dim], or None in a layer that
+        reads the keys of its `kv_source`. Returns [T, heads, head_dim].
+        """
+        ...
+
+
+def rms_norm(values: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
+    """`values` / rms over the last dimension, times `weight` (no +1), computed in float32.
+
+    A GPU has one fused kernel for it. On the CPU F.rms_norm is six calls, 25 us for one token; with the
+    root of the mean square as hypot(norm, sqrt(n * epsilon)) it is four, 12 us, 30 times a step.
+    """
+    size = values.shape[-1]
+    if values.is_cuda:
+        return F.rms_norm(values, (size,), weight, epsilon)
+    exact = values.float()
+    zero, floor = _norm_constants(size, epsilon)
+    length = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).hypot(floor)
+    scaled = torch.addcdiv(zero, exact, length, value=math.sqrt(size))
+    return (scaled if weight is None else scaled * weight).type_as(values)
+
+
+@lru_cache
+def _norm_constants(size: int, epsilon: float) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):  # or training after a first inference could not use them
+        return torch.zeros((), device="cpu"), torch.tensor(math.sqrt(size * epsilon), device="cpu")
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, [..., size] to the same."""
+
+    def __init__(self, size: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.epsilon = epsilon
+
+    def forward(self, values: Tensor) -> Tensor:
+        return rms_norm(values, self.weight, self.epsilon)
+
+
+class Rotations(nn.Module):
+    """The rope tables of one step for every kind of layer, computed together."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        kinds = list(dict.fromkeys((layer.head_dim, layer.rope) for layer in config.layers))
+        self.kind_of_layer = [kinds.index((layer.head_dim, layer.rope)) for layer in config.layers]
+        self.sizes = [head_dim for head_dim, _ in kinds]
+        halves = [rope_frequencies(head_dim, rope) for head_dim, rope in kinds]
+        # cos is even and sin odd: with the first half negative, one cos and one sin of the whole row give
+        # (cos, cos) and (-sin, sin), the two factors that rotating by halves needs.
+        signed = torch.cat([part for half in halves for part in (-half, half)])
+        # No buffer, because module.to(bfloat16) must not round frequencies.
+        self.frequencies = {signed.device: signed}
+
+    def forward(self, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """For each layer (cos, signed sin), float32 [T, 1, head_dim], of int64 positions [T]."""
+        device = positions.device
+        if device not in self.frequencies:
+            self.frequencies[device] = next(iter(self.frequencies.values())).to(device)
+        angles = (positions[:, None] * self.frequencies[device])[:, None]
+        cosines, sines = angles.cos().split(self.sizes, -1), angles.sin().split(self.sizes, -1)
+        return [(cosines[kind], sines[kind]) for kind in self.kind_of_layer]
+
+
+def rope_frequencies(head_dim: int, rope: RopeConfig) -> Tensor:
+    """Angle a position of each pair, float32 [head_dim / 2]; in torch's own pow, as the reference."""
+    exponents = torch.arange(0, 2 * rope.pairs, 2, dtype=torch.float32, device="cpu") / head_dim
+    turning = 1.0 / (rope.theta**exponents) / rope.factor
+    return F.pad(turning, (0, head_dim // 2 - rope.pairs))
+
+
+def rotate(values: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Turns pairs (i, i + head_dim / 2) of [T, heads, head_dim] by the tables of `Rotations`."""
+    cosine, signed_sine = rotation
+    return torch.addcmul(values * cosine, values.roll(values.shape[-1] // 2, -1), signed_sine)
+
+
+class SelfAttention(nn.Module):
+    """Projections, head norms and rope around an `Attention`.
+
+    `qkv` holds the rows of q, then k, then v; v is missing where the values are the raw keys, k and v
+    where another layer's are read. `head_norms` holds q_norm, then k_norm.
+    """
+
+    head_norm_rows: Tensor
+
+    def __init__(self, index: int, layer: LayerConfig, config: ModelConfig) -> None:
+        super().__init__()
+        self.index = index
+        self.heads = layer.heads
+        self.kv_heads = layer.kv_heads
+        self.head_dim = layer.head_dim
+        self.owns_keys = layer.kv_source == index
+        self.epsilon = config.norm_epsilon
+        projected = layer.heads
+        if self.owns_keys:
+            projected += layer.kv_heads * (2 if layer.has_value_projection else 1)
+        self.qkv = nn.Linear(config.hidden_size, projected * layer.head_dim, bias=False)
+        self.head_norms = nn.Parameter(torch.ones((2 if self.owns_keys else 1) * layer.head_dim))
+        self.out = nn.Linear(layer.heads * layer.head_dim, config.hidden_size, bias=False)
+        rows = [0] * layer.heads + [1] * (layer.kv_heads if self.owns_keys else 0)
+        self.register_buffer("head_norm_rows", torch.tensor(rows, device="cpu"), persistent=False)
+
+    def forward(
+        self, hidden: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention
+    ) -> Tensor:
+        """[T, hidden] to [T, hidden]."""
+        # float32 between the projection and the cache: norm, weight and rope round once, not four times.
+        projected = self.qkv(hidden).unflatten(-1, (-1, self.head_dim)).float()
+        normed = rms_norm(projected, None, self.epsilon)
+        weights = self.head_norms.view(-1, self.head_dim).index_select(0, self.head_norm_rows)
+        turned = rotate(normed[:, : len(weights)] * weights, rotation).type_as(hidden)
+        key = value = None
+        if self.owns_keys:
+            key = turned[:, self.heads :]
+            # With or without a value projection the last heads are what the values come from: their norm
+            # has no weight, so normed raw keys are the values of a layer that has none.
+            value = normed[:, -self.kv_heads :].type_as(hidden)
+        mixed: Tensor = attention.attend(self.index, turned[:, : self.heads], key, value)
+        output: Tensor = self.out(mixed.flatten(1))
+        return output
+
+
+class MLP(nn.Module):
+    """down(gelu(gate) * up); `gate_up` holds the rows of gate, then up."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
+        self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        gate, up = self.gate_up(hidden).chunk(2, -1)
+        output: Tensor = self.down(F.gelu(gate, approximate="tanh") * up)
+        return output
+
+
+class Experts(nn.Module):
+    """Router and experts: each token's `active` best, weighted.
+
+    Tokens are sorted by expert so that each expert hit runs once on its own slice. On a GPU the counts
+    cost one synchronisation a layer.
+    """
+
+    def __init__(self, experts: ExpertsConfig, config: ModelConfig) -> None:
+        super().__init__()
+        self.active = experts.active
+        self.epsilon = config.norm_epsilon
+        hidden, inner = config.hidden_size, experts.intermediate_size
+        self.router = nn.Linear(hidden, experts.count, bias=False)
+        self.router_scale = nn.Parameter(torch.ones(hidden))
+        self.expert_scale = nn.Parameter(torch.ones(experts.count))
+        self.gate_up = nn.Parameter(torch.empty(experts.count, 2 * inner, hidden))
+        self.down = nn.Parameter(torch.empty(experts.count, hidden, inner))
+
+    def route(self, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Expert weights (float32) and indices, both [T, active], from the un-normed residual."""
+        scaled = rms_norm(residual, self.router_scale, self.epsilon) * residual.shape[-1] ** -0.5
+        probabilities = self.router(scaled).softmax(-1, dtype=torch.float32)
+        weights, chosen = probabilities.topk(self.active, -1)
+        weights = weights / weights.sum(-1, keepdim=True)
+        return weights * self.expert_scale[chosen], chosen
+
+    def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
+        """Experts of `hidden`, chosen by `residual`; all [T, hidden]."""
+        weights, chosen = self.route(residual)
+        order = chosen.flatten().argsort(stable=True)
+        counts = chosen.flatten().bincount(minlength=len(self.gate_up)).tolist()
+        inputs = hidden[order // self.active].split(counts)
+        hit = [index for index, count in enumerate(counts) if count]
+        outputs = torch.cat([self.run(index, inputs[index]) for index in hit])
+        back = torch.empty_like(order).scatter_(
+            0, order, torch.arange(len(order), device=order.device)
+        )
+        per_token = outputs[back].unflatten(0, (-1, self.active))
+        return (per_token * weights[..., None]).sum(1).type_as(hidden)
+
+    def run(self, index: int, hidden: Tensor) -> Tensor:
+        """One expert on its tokens, [n, hidden] to [n, hidden]."""
+        gate, up = F.linear(hidden, self.gate_up[index]).chunk(2, -1)
+        return F.linear(F.gelu(gate, approximate="tanh") * up, self.down[index])
+
+
+class FeedForward(nn.Module):
+    """The dense MLP and, where the model has experts, their branch beside it, each with its norms."""
+
+    def __init__(self, layer: LayerConfig, config: ModelConfig) -> None:
+        super().__init__()
+        size, epsilon = config.hidden_size, config.norm_epsilon
+        self.norm = RMSNorm(size, epsilon)
+        self.mlp = MLP(size, layer.intermediate_size)
+        self.experts: Experts | None = None
+        if layer.experts is not None:
+            self.experts = Experts(layer.experts, config)
+            self.mlp_output_norm = RMSNorm(size, epsilon)
+            self.experts_input_norm = RMSNorm(size, epsilon)
+            self.experts_output_norm = RMSNorm(size, epsilon)
+
+    def forward(self, residual: Tensor) -> Tensor:
+        """[T, hidden] to [T, hidden]; the residual itself is not added."""
+        dense: Tensor = self.mlp(self.norm(residual))
+        if self.experts is None:
+            return dense
+        sparse = self.experts(self.experts_input_norm(residual), residual)
+        return self.mlp_output_norm(dense) + self.experts_output_norm(sparse)
+
+
+class PerLayerInput(nn.Module):
+    """What the token's per-layer embedding adds to the residual at the end of a layer."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = nn.Linear(config.hidden_size, config.per_layer_input_size, bias=False)
+        self.out = nn.Linear(config.per_layer_input_size, config.hidden_size, bias=False)
+        self.norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+
+    def forward(self, hidden: Tensor, per_layer: Tensor) -> Tensor:
+        """`hidden` [T, hidden] and this layer's `per_layer` [T, per_layer_input_size]."""
+        output: Tensor = self.norm(
+            self.out(F.gelu(self.gate(hidden), approximate="tanh") * per_layer)
+        )
+        return output
+
+
+class DecoderLayer(nn.Module):
+    """Attention, feed-forward and per-layer input, each normed before it joins the residual."""
+
+    scalar: Tensor
+
+    def __init__(self, index: int, layer: LayerConfig, config: ModelConfig) -> None:
+        super().__init__()
+        size, epsilon = config.hidden_size, config.norm_epsilon
+        self.attention_norm = RMSNorm(size, epsilon)
+        self.attention = SelfAttention(index, layer, config)
+        self.attention_output_norm = RMSNorm(size, epsilon)
+        self.feed_forward = FeedForward(layer, config)
+        self.feed_forward_output_norm = RMSNorm(size, epsilon)
+        self.per_layer_input = PerLayerInput(config) if config.per_layer_input_size else None
+        self.register_buffer("scalar", torch.ones(1))
+
+    def forward(
+        self,
+        hidden: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        per_layer: Tensor | None,
+        attention: Attention,
+    ) -> Tensor:
+        """[T, hidden] to [T, hidden]."""
+        mixed = self.attention(self.attention_norm(hidden), rotation, attention)
+        hidden = hidden + self.attention_output_norm(mixed)
+        hidden = hidden + self.feed_forward_output_norm(self.feed_forward(hidden))
+        if self.per_layer_input is not None:
+            hidden = hidden + self.per_layer_input(hidden, per_layer)
+        return hidden * self.scalar

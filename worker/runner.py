@@ -1,0 +1,86 @@
+"""Runs a decoder over a paged cache of keys and values.
+
+Owns the cache's tensors and nothing else: which block belongs to whom is the scheduler's business. What
+it gave up: a CUDA graph, and keys and values in one tensor (a single gather would do, but kernels want two).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..kernels.reference import paged_attention, write_kv
+from .batch import Chunk, Step, build_step
+from .model.config import ModelConfig, cache_groups
+from .model.decoder import Decoder
+
+
+class ModelRunner:
+    """A decoder and its cache on one device."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        config: ModelConfig,
+        blocks: tuple[int, ...],
+        block_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        """`blocks` is the number of blocks in each of `cache_groups(config)`, in that order."""
+        self.decoder = decoder
+        self.config = config
+        self.block_size = block_size
+        self.device = device
+        self.dtype = dtype
+        self.groups = cache_groups(config)
+        self.windows = [group.window for group in self.groups]
+        # Zeros, not empty: an unwritten slot inside a block is masked by a factor 0, and 0 * NaN is NaN.
+        self.caches: dict[int, tuple[Tensor, Tensor]] = {}
+        for group, count in zip(self.groups, blocks, strict=True):
+            for index in group.layers:
+                layer = config.layers[index]
+                shape = (count, block_size, layer.kv_heads, layer.head_dim)
+                self.caches[index] = (
+                    torch.zeros(shape, device=device, dtype=dtype),
+                    torch.zeros(shape, device=device, dtype=dtype),
+                )
+
+    @torch.inference_mode()
+    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Runs one step and stores its keys and values.
+
+        Returns float32 logits [sum of chunk.logits, vocab], in the order of the chunks.
+        """
+        step = build_step(chunks, self.windows, self.block_size, self.device, self.dtype)
+        attention = PagedAttention(self, step)
+        hidden = self.decoder(step.tokens, step.positions, attention)
+        if step.logit_rows is not None:
+            hidden = hidden.index_select(0, step.logit_rows)
+        return self.decoder.logits(hidden)
+
+
+class PagedAttention:
+    """The `Attention` of one step: stores what is new, then reads the cache."""
+
+    def __init__(self, runner: ModelRunner, step: Step) -> None:
+        self.caches = runner.caches
+        self.step = step
+        self.source = [layer.kv_source for layer in runner.config.layers]
+        self.group_of = {
+            layer: number for number, group in enumerate(runner.groups) for layer in group.layers
+        }
+
+    def attend(self, layer: int, query: Tensor, key: Tensor | None, value: Tensor | None) -> Tensor:
+        """See `Attention`."""
+        source = self.source[layer]
+        group = self.group_of[source]
+        key_cache, value_cache = self.caches[source]
+        if key is not None and value is not None:
+            write_kv(key, value, key_cache, value_cache, self.step.slots[group])
+        outputs = []
+        for part in self.step.parts:
+            queries = query[part.rows].unflatten(0, (part.sequences, -1))
+            mixed = paged_attention(queries, key_cache, value_cache, part.pages[group])
+            outputs.append(mixed.flatten(0, 1))
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]

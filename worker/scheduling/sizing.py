@@ -1,0 +1,86 @@
+"""How many cache blocks each group gets: a pure function of settings, model and memory.
+
+Sliding layers need at most their window plus one chunk for each running sequence, however long the
+context is; so they get just that, and full-attention layers share the rest.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..config import EngineConfig
+from ..errors import ConfigError
+from ..model.config import CacheGroup
+
+_DEFAULT_CONTEXT = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class CachePlan:
+    """The longest context and the blocks of each cache group."""
+
+    max_context: int
+    blocks: tuple[int, ...]
+    bytes: int
+
+
+def plan_cache(
+    config: EngineConfig,
+    groups: Sequence[CacheGroup],
+    model_context: int,
+    dtype_size: int,
+    memory: int,
+) -> CachePlan:
+    """Divide the cache's memory among the groups.
+
+    Args:
+        config: the engine's settings; `kv_tokens` or `kv_memory_gib` override `memory`.
+        groups: the model's cache groups.
+        model_context: `max_position_embeddings`.
+        dtype_size: bytes of one cached number.
+        memory: bytes that the cache may use.
+
+    Raises:
+        ConfigError: the context is longer than the model's, or the cache too small to hold it.
+    """
+    context = config.max_context or min(model_context, _DEFAULT_CONTEXT)
+    if context > model_context:
+        raise ConfigError(f"max_context {context} is over the model's limit of {model_context}")
+    size = config.block_size
+    block_bytes = [group.bytes_per_token(dtype_size) * size for group in groups]
+    least = [_blocks_of_one(group, context, config) for group in groups]
+    wanted = [count * config.max_sequences for count in least]
+    if config.kv_tokens is not None:
+        blocks = [config.kv_tokens // size] * len(groups)
+        blocks = [
+            count if group.window is None else min(max(count, need), want)
+            for count, group, need, want in zip(blocks, groups, least, wanted, strict=True)
+        ]
+    else:
+        if config.kv_memory_gib is not None:
+            memory = int(config.kv_memory_gib * 2**30)
+        blocks = _share(memory, block_bytes, wanted)
+    for have, need in zip(blocks, least, strict=True):
+        if have < need:
+            raise ConfigError(
+                f"the KV cache has room for {have * size} tokens, but max_context {context} needs "
+                f"{need * size}; raise kv_tokens or kv_memory_gib, or lower max_context"
+            )
+    total = sum(count * each for count, each in zip(blocks, block_bytes, strict=True))
+    return CachePlan(context, tuple(blocks), total)
+
+
+def _blocks_of_one(group: CacheGroup, context: int, config: EngineConfig) -> int:
+    """Most blocks that one sequence can hold in this group."""
+    size = config.block_size
+    whole = -(-context // size)
+    if group.window is None:
+        return whole
+    # The window and the chunk may each begin and end in the middle of a block.
+    return min(whole, -(-(group.window - 1 + config.max_step_tokens) // size) + 2)
+
+
+def _share(memory: int, block_bytes: Sequence[int], wanted: Sequence[int]) -> list[int]:
+    """Shrink all groups by one factor until they fit; nobody gets more than they want."""
+    total = sum(count * each for count, each in zip(wanted, block_bytes, strict=True))
+    factor = min(1.0, memory / total)
+    return [int(count * factor) for count in wanted]

@@ -1,0 +1,289 @@
+"""`conclave.v1.WorkerService` on an engine: messages in, events out, on one asyncio loop.
+
+The loop never computes: long prompts are tokenised in a thread, tokens are made in the engine's
+thread and arrive through `call_soon_threadsafe`. Whatever way a call ends, by its last event, a
+cancel, a deadline or a lost connection, its request leaves the engine through the one `finally`.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from collections.abc import Sequence as Items
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NoReturn
+
+import grpc
+
+from ...protos import generation_pb2, worker_pb2, worker_pb2_grpc
+from ..config import WorkerConfig
+from ..engine import Engine
+from ..errors import ConclaveError, InvalidRequest, Unavailable
+from ..requests.completion import Score as ScoreResult
+from ..requests.events import Delta, Event, Failed, Finished, Request, Sink, TokenRecord
+from ..requests.intake import new_id
+from . import wire
+
+_LONG_TEXT = 4000
+"""Characters above which tokenising would hold the loop up for a millisecond or more."""
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Build = Callable[[Sink], Request]
+"""A checked request that only lacks its sink."""
+
+
+class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
+    """Serves one engine.
+
+    Args:
+        engine: answers.
+        config: the worker's name and labels.
+        incarnation: tells this process from the one before it.
+        stop_serving: called when a drain begins; turns the health to NOT_SERVING.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        config: WorkerConfig,
+        incarnation: str,
+        stop_serving: Callable[[], None],
+    ) -> None:
+        self._engine = engine
+        self._config = config
+        self._incarnation = incarnation
+        self._stop_serving = stop_serving
+        self._model = config.engine.model.resolve().name
+        self._closed_reason: str | None = "the worker is warming up"
+        self._open: set[str] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def open_doors(self) -> None:
+        """Take requests from now on."""
+        self._closed_reason = None
+
+    # -- rpcs ----------------------------------------------------------------------------------
+
+    async def Describe(
+        self, request: worker_pb2.DescribeRequest, context: Context
+    ) -> worker_pb2.DescribeResponse:
+        model, limits = self._engine.model, self._engine.intake.limits
+        return worker_pb2.DescribeResponse(
+            worker=self._config.name,
+            model=self._model,
+            labels=self._config.labels,
+            incarnation=self._incarnation,
+            conclave_version=_version(),
+            device=str(model.device),
+            dtype=str(model.dtype).removeprefix("torch."),
+            parameters=model.parameters,
+            vocab_size=limits.vocabulary,
+            max_context=limits.max_context,
+            max_sequences=self._engine.config.max_sequences,
+            max_logprobs=limits.max_logprobs,
+            max_outputs=limits.max_outputs,
+            model_fingerprint=model.fingerprint,
+            tokenizer_fingerprint=model.tokenizer.fingerprint,
+            has_chat_template=model.tokenizer.has_chat_template,
+        )
+
+    async def Generate(
+        self, request: generation_pb2.GenerateRequest, context: Context
+    ) -> AsyncIterator[generation_pb2.GenerateResponse]:
+        told = False
+        try:
+            async for event in self._answer(await self._build(request, context)):
+                if isinstance(event, Failed) and not told:
+                    raise event.error
+                told = True
+                yield wire.response(request.request_id, event, self._config.name, self._model)
+        except ConclaveError as error:
+            await _abort(context, error)
+
+    async def Score(
+        self, request: generation_pb2.ScoreRequest, context: Context
+    ) -> generation_pb2.ScoreResponse:
+        try:
+            first, *rest = await self._score_requests(request, context)
+            # The first one leaves the context's blocks in the prefix cache for the others.
+            scores = [await self._score(first)]
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._score(each)) for each in rest]
+            scores += [task.result() for task in tasks]
+        except* ConclaveError as errors:
+            await _abort(context, _first(errors))
+        return generation_pb2.ScoreResponse(
+            request_id=request.request_id,
+            scores=[wire.score(each, request.HasField("logprobs")) for each in scores],
+            worker=self._config.name,
+            model=self._model,
+        )
+
+    async def Drain(
+        self, request: worker_pb2.DrainRequest, context: Context
+    ) -> worker_pb2.DrainResponse:
+        grace = request.grace_seconds if request.HasField("grace_seconds") else None
+        completed, aborted = await self.drain(grace)
+        return worker_pb2.DrainResponse(completed=completed, aborted=aborted)
+
+    async def GetLoad(
+        self, request: worker_pb2.GetLoadRequest, context: Context
+    ) -> worker_pb2.GetLoadResponse:
+        load = self._engine.load
+        return worker_pb2.GetLoadResponse(
+            running_sequences=load.running,
+            waiting_sequences=load.waiting,
+            outstanding_tokens=load.outstanding_tokens,
+            pools=[
+                worker_pb2.BlockPool(
+                    window=pool.window or 0,
+                    blocks=pool.blocks,
+                    used=pool.used,
+                    cached=pool.cached,
+                )
+                for pool in load.pools
+            ],
+            prompt_tokens=load.prompt_tokens,
+            cached_tokens=load.cached_tokens,
+            completion_tokens=load.completion_tokens,
+            preemptions=load.preemptions,
+            steps=load.steps,
+            tokens_per_second=load.tokens_per_second,
+            draining=self._closed_reason is not None,
+        )
+
+    async def drain(self, grace: float | None) -> tuple[int, int]:
+        """Refuse new asks, wait for the open ones; returns how many ended and how many were ended.
+
+        Args:
+            grace: seconds to wait; None waits for all.
+        """
+        self._closed_reason = "the worker is draining; ask another one"
+        self._stop_serving()
+        before = len(self._open)
+        try:
+            await asyncio.wait_for(self._idle.wait(), grace)
+        except TimeoutError:
+            pass
+        left = list(self._open)
+        for request_id in left:
+            self._engine.abort(request_id, Unavailable("the worker has been drained"))
+        return before - len(left), len(left)
+
+    # -- one request ---------------------------------------------------------------------------
+
+    async def _build(self, message: generation_pb2.GenerateRequest, context: Context) -> Build:
+        """Check and tokenise; what is left open is where the events go."""
+        self._check_open()
+        deadline = _deadline(context)
+        message.request_id = message.request_id or new_id()
+        intake = self._engine.intake
+        fields = wire.sampling_fields(message.sampling)
+        ids = await self._prompt_ids(message.prompt, "prompt")
+        return lambda sink: intake.generation(
+            ids,
+            fields,
+            sink,
+            request_id=message.request_id,
+            deadline=deadline,
+            whole=message.whole,
+        )
+
+    async def _score_requests(
+        self, message: generation_pb2.ScoreRequest, context: Context
+    ) -> list[Build]:
+        self._check_open()
+        deadline = _deadline(context)
+        message.request_id = message.request_id or new_id()
+        if not message.continuations:
+            raise InvalidRequest.of("continuations", "is empty; give at least one")
+        start: list[int] = []
+        if message.HasField("context"):
+            start = await self._prompt_ids(message.context, "context")
+        intake = self._engine.intake
+
+        def scoring(index: int, continuation: generation_pb2.Continuation) -> Build:
+            ids = wire.continuation_ids(intake, continuation, f"continuations[{index}]")
+            return lambda sink: intake.scoring(
+                start,
+                ids,
+                sink,
+                candidates=message.logprobs,
+                request_id=f"{message.request_id}/{index}",
+                deadline=deadline,
+            )
+
+        return [scoring(index, each) for index, each in enumerate(message.continuations)]
+
+    async def _score(self, build: Build) -> ScoreResult:
+        tokens: list[TokenRecord] = []
+        async for event in self._answer(build):
+            if isinstance(event, Failed):
+                raise event.error
+            if isinstance(event, Delta):
+                tokens.extend(event.prompt_tokens)
+        return ScoreResult.of(tuple(tokens))
+
+    async def _answer(self, build: Build) -> AsyncIterator[Event]:
+        """Submit a request and yield its events; leaving early takes it out of the engine."""
+        loop, arrived = asyncio.get_running_loop(), asyncio.Queue[Items[Event]]()
+        request = build(lambda events: _pass_on(loop, arrived, events))
+        self._engine.submit(request)
+        self._open.add(request.id)
+        self._idle.clear()
+        ended = False
+        try:
+            while not ended:
+                for event in await arrived.get():
+                    ended = isinstance(event, Finished | Failed)
+                    yield event
+        finally:
+            if not ended:
+                self._engine.abort(request.id)
+            self._open.discard(request.id)
+            if not self._open:
+                self._idle.set()
+
+    async def _prompt_ids(self, prompt: generation_pb2.Prompt, field: str) -> list[int]:
+        intake = self._engine.intake
+        if prompt.ByteSize() > _LONG_TEXT:
+            return await asyncio.to_thread(wire.prompt_ids, intake, prompt, field)
+        return wire.prompt_ids(intake, prompt, field)
+
+    def _check_open(self) -> None:
+        if self._closed_reason is not None:
+            raise Unavailable(self._closed_reason)
+
+
+def _pass_on(
+    loop: asyncio.AbstractEventLoop, arrived: asyncio.Queue[Items[Event]], events: Items[Event]
+) -> None:
+    """Hand events from the engine's thread to the loop; a loop that has closed wants none."""
+    try:
+        loop.call_soon_threadsafe(arrived.put_nowait, events)
+    except RuntimeError:
+        pass
+
+
+async def _abort(context: Context, error: ConclaveError) -> NoReturn:
+    code, message, trailing = wire.status(error)
+    await context.abort(code, message, trailing)
+    raise AssertionError("abort returned")
+
+
+def _first(errors: BaseExceptionGroup[ConclaveError]) -> ConclaveError:
+    error = errors.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+
+
+def _deadline(context: Context) -> float | None:
+    """The call's deadline on the clock of time.monotonic()."""
+    remaining = context.time_remaining()
+    return None if remaining is None else time.monotonic() + remaining
+
+
+def _version() -> str:
+    try:
+        return version("conclave-llm")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "0"
