@@ -357,8 +357,10 @@ def score(model: torch.nn.Module, encoded: Encoded, budget: int) -> dict[str, Sc
 def token_losses(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """The negative log-likelihood of every token but the first; padding stands on the right."""
     logits: torch.Tensor = model(input_ids=ids[:, :-1], use_cache=False).logits.float()
-    losses = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    return losses.view(ids.shape[0], -1)
+    targets = ids[:, 1:].flatten()
+    losses = functional.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
+    by_document: torch.Tensor = losses.view(ids.shape[0], -1)
+    return by_document
 
 
 def perplexities(scores: dict[str, Score]) -> dict[str, dict[str, float]]:
@@ -532,7 +534,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss = loss_of(batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -553,11 +555,6 @@ class Trainer:
         if validation < self.best_loss:
             self.best_loss = validation
             self.best = {name: value.clone() for name, value in self.model.state_dict().items()}
-
-
-def rounded(model: torch.nn.Module) -> torch.nn.Module:
-    """Round the weights to bfloat16, then compute in float32 again: what the file can hold."""
-    return model.to(torch.bfloat16).to(torch.float32)
 
 
 def save_checkpoint(model: torch.nn.Module, folder: Path) -> int:
@@ -805,7 +802,7 @@ def final_evaluation(trainer: Trainer, splits: dict[str, Encoded]) -> dict[str, 
     budget = 65_536 if trainer.device.type == "cuda" else 4_096
     model = trainer.model.eval()
     master = score(model, splits[corpus.HELD_OUT], budget)
-    rounded(model)
+    model.to(torch.bfloat16).to(torch.float32)  # in place: what the file can hold
     held_out = score(model, splits[corpus.HELD_OUT], budget)
     watched = {
         "training (4,000 of the documents)": some(splits[corpus.TRAINING], 4_000),

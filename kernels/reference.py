@@ -25,7 +25,7 @@ class Pages:
     """int64 [B]: the key index of each row's first query."""
     window: int | None
     bias: Tensor
-    """[B, 1, L, blocks * block_size] in the queries' dtype: the rule above, 0 if seen and -inf if not.
+    """[B, 1, L, blocks * block_size] in the queries' dtype: the rule above, 0 if seen, else -inf.
 
     A kernel that masks as it goes needs `offsets` and `window` only.
     """
@@ -42,10 +42,10 @@ def plan_pages(
 ) -> Pages:
     """The `Pages` of rows with `queries` queries each; `dtype` is the queries'."""
     keys = torch.arange(tables.shape[1] * block_size, device=tables.device)
-    own = offsets[:, None] + torch.arange(queries, device=tables.device)
-    hidden = keys > own[..., None]
+    own = (offsets[:, None] + torch.arange(queries, device=tables.device))[..., None]
+    hidden = keys > own
     if window is not None:
-        hidden |= keys <= own[..., None] - window
+        hidden |= keys <= own - window
     bias = torch.zeros(hidden.shape, dtype=dtype, device=tables.device)
     return Pages(tables, offsets, window, bias.masked_fill_(hidden, -torch.inf)[:, None])
 
@@ -55,8 +55,8 @@ def write_kv(
 ) -> None:
     """Stores `key` and `value` [T, kv_heads, head_dim] of T tokens in the paged caches, in place.
 
-    Caches are [blocks, block_size, kv_heads, head_dim]; token t goes to position `slots[t]` (int64 [T])
-    counted over all blocks. The slots must differ.
+    Caches are [blocks, block_size, kv_heads, head_dim]; token t goes to position `slots[t]`
+    (int64 [T]), counted over all blocks. The slots must differ.
     """
     key_cache.flatten(0, 1).index_copy_(0, slots, key)
     value_cache.flatten(0, 1).index_copy_(0, slots, value)
@@ -65,8 +65,8 @@ def write_kv(
 def paged_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, pages: Pages) -> Tensor:
     """softmax(query keys) values with scale 1; [B, L, heads, head_dim] to the same.
 
-    Caches are [blocks, block_size, kv_heads, head_dim]; query head h reads kv head h // (heads / kv_heads).
-    What no query sees must be finite all the same: it is multiplied by zero.
+    Caches are [blocks, block_size, kv_heads, head_dim]; query head h reads kv head
+    h // (heads / kv_heads). Keys that no query sees must be finite: they are multiplied by zero.
     """
     rows, queries, heads, head_dim = query.shape
     kv_heads = key_cache.shape[2]

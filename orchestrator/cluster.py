@@ -4,10 +4,11 @@ Every call here may block and belongs into the supervisor's thread, never on the
 """
 
 import logging
+import math
 import os
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,7 +24,9 @@ log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.5
 """How long one look waits for actors to answer; a busy one keeps what was last known of it."""
-STARTING = Observation(Phase.STARTING, reason="its process is starting")
+STARTING = Observation(
+    Phase.STARTING, reason="its process is starting, or waits for free resources"
+)
 RESTARTING = Observation(Phase.STARTING, reason="Ray is restarting its process")
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -47,24 +50,30 @@ class Cluster:
         self._gone: dict[str, Observation] = {}
 
     @classmethod
-    def connect(cls, fleet: str, address: str | None = None) -> Self:
+    def connect(cls, fleet: str, address: str | None = None, *, num_cpus: float = 0.0) -> Self:
         """Joins the cluster at `address`, or that of RAY_ADDRESS (which Ray sets inside a job), or
         starts one on this machine that ends with this process.
 
-        Raises ConfigError if the cluster cannot be reached.
+        A cluster started here counts as having at least `num_cpus` CPUs, so that a small machine
+        runs a fleet slowly instead of waiting for ever. Raises ConfigError if it cannot be joined.
         """
         address = address or os.environ.get("RAY_ADDRESS") or None
-        quiet = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
+        local = address is None
+        if local:
+            _prepare_local_cluster()
         try:
-            if address is None:
-                _prepare_local_cluster()
-                ray.init(address="local", include_dashboard=False, **quiet)
-            else:
-                ray.init(address=address, **quiet)
+            ray.init(
+                address=address or "local",
+                num_cpus=max(os.cpu_count() or 1, math.ceil(num_cpus)) if local else None,
+                include_dashboard=False if local else None,
+                namespace=NAMESPACE,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
         except (RayError, ConnectionError, ValueError, RuntimeError) as error:
             where = f"the Ray cluster at {address}" if address else "a local Ray cluster"
             raise ConfigError(f"cannot join {where}: {error}") from error
-        return cls(fleet, local=address is None)
+        return cls(fleet, local=local)
 
     def close(self) -> None:
         """Leaves the cluster; one that was started here ends."""
@@ -74,12 +83,10 @@ class Cluster:
         """Starts a worker, or takes over the one of this name that is still there."""
         name = spec.name
         self._gone.pop(name, None)
-        config = spec.config
-        if not self._local:
-            config = config.model_copy(update={"host": "auto"})
+        host = "127.0.0.1" if self._local else "auto"
         try:
             handle = launch(
-                config,
+                spec.config.model_copy(update={"host": host}),
                 fleet=self._fleet,
                 num_cpus=spec.resources.num_cpus,
                 num_gpus=self._gpus(spec.resources),
@@ -107,12 +114,13 @@ class Cluster:
 
     def stop(self, names: Collection[str], grace: float) -> None:
         """Drains the workers side by side for at most `grace` seconds, then ends them for good."""
-        handles = [self._actors.pop(name).handle for name in names if name in self._actors]
-        drains = [handle.drain.remote(grace) for handle in handles]
+        actors = [self._actors.pop(name) for name in names if name in self._actors]
+        ready = [actor.handle for actor in actors if actor.seen.phase is Phase.READY]
+        drains = [handle.drain.remote(grace) for handle in ready]
         if drains:
             ray.wait(drains, num_returns=len(drains), timeout=grace + 1.0)
-        for handle in handles:
-            ray.kill(handle)
+        for actor in actors:
+            ray.kill(actor.handle)
 
     def _find_others(self) -> None:
         prefix = actor_name(self._fleet, "")
@@ -132,7 +140,7 @@ class Cluster:
         try:
             endpoint = ray.get(question)
         except ActorUnavailableError:
-            actor.seen = replace(RESTARTING)
+            actor.seen = RESTARTING
         except ActorDiedError as error:
             del self._actors[name]
             self._gone[name] = _obituary(str(error))

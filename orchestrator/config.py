@@ -117,7 +117,7 @@ class FleetConfig(_Section):
     name: str = Field(default="fleet", pattern=NAME_PATTERN)
     """Unique in the Ray cluster; part of every worker's actor name."""
     gateway: GatewayConfig = GatewayConfig()
-    workers: tuple[WorkerGroup, ...] = Field(min_length=1)
+    workers: tuple[WorkerGroup, ...]
 
     @model_validator(mode="after")
     def _names_differ(self) -> "FleetConfig":
@@ -125,6 +125,8 @@ class FleetConfig(_Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"worker names must differ; given twice: {', '.join(twice)}")
+        if not names:
+            raise ValueError("a fleet needs at least one worker; raise a group's `replicas`")
         return self
 
     @classmethod

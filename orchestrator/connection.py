@@ -107,15 +107,14 @@ class Connection:
     async def _follow(self) -> None:
         while True:
             try:
-                await self._follow_stream()
-                reason = "its health stream ended"
+                reason = await self._follow_stream()
             except grpc.aio.AioRpcError as error:
                 reason = error.details() or error.code().name
             self._listener.unreachable(self, reason)
             await asyncio.sleep(REWATCH_SECONDS)
 
-    async def _follow_stream(self) -> None:
-        """Returns or raises when the stream breaks."""
+    async def _follow_stream(self) -> str:
+        """Returns why it ended, or raises what gRPC says."""
         request = health_pb2.HealthCheckRequest(service=SERVICE)
         async for response in self._watch(request, wait_for_ready=True):
             if response.status != health_pb2.HealthCheckResponse.SERVING:
@@ -123,6 +122,6 @@ class Connection:
                 continue
             about = await self._describe(worker_pb2.DescribeRequest(), timeout=DESCRIBE_SECONDS)
             if about.incarnation != self.incarnation:
-                self._listener.unreachable(self, "another process has taken its address")
-                return
+                return "another process has taken its address"
             self._listener.serving(self, about)
+        return "its health stream ended"

@@ -1,18 +1,22 @@
 """One step's work as tensors: from chunks of sequences to flat tokens, slots and pages.
 
-Chunks of one token (decoding) run as one padded batch; longer ones (prefill) run by sequence, for their
-tables differ too much in length to pad. Bookkeeping goes through numpy once a chunk; no loop touches a
-token. What it gave up: tables are built afresh every step, which a CUDA graph would want kept.
+Chunks of one token (decoding) run as one padded batch; longer ones (prefill) run by sequence, for
+their tables differ too much in length to pad. Bookkeeping goes through numpy once a chunk; no loop
+touches a token. What it gave up: tables are built afresh every step, which a CUDA graph would want
+kept.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ..kernels.reference import Pages, plan_pages
+
+Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +61,7 @@ class Step:
     """int64 [T] for each cache group: where each token's keys and values are stored."""
     parts: tuple[Part, ...]
     logit_rows: Tensor | None
-    """int64: rows whose logits are wanted, in the order of the chunks; None for all rows in order."""
+    """int64: rows whose logits are wanted, in the order of the chunks; None for all rows."""
 
 
 def build_step(
@@ -69,7 +73,7 @@ def build_step(
 ) -> Step:
     """The step that runs `chunks`; `windows` has one entry for each cache group.
 
-    `dtype` is the activations'. Chunks of one token come first among the rows, whatever their order.
+    `dtype` is the activations'. Chunks of one token come first among the rows, in any order given.
     """
     assert chunks and all(chunk.tokens and chunk.logits <= len(chunk.tokens) for chunk in chunks)
     decoding = [chunk for chunk in chunks if len(chunk.tokens) == 1]
@@ -108,20 +112,18 @@ def _pages(
     dtype: torch.dtype,
 ) -> Pages:
     """The pages of chunks of equal length: only the blocks that their windows reach."""
-    seen_from = [0 if window is None else max(0, chunk.start - window + 1) for chunk in chunks]
-    firsts = [position // block_size for position in seen_from]
-    used = [
-        chunk.tables[group][first : (chunk.end - 1) // block_size + 1]
-        for chunk, first in zip(chunks, firsts, strict=True)
-    ]
-    tables = np.zeros((len(chunks), max(map(len, used))), np.int64)
+    offsets, used = [], []
+    for chunk in chunks:
+        seen_from = 0 if window is None else max(0, chunk.start - window + 1)
+        first = seen_from // block_size
+        blocks = chunk.tables[group][first : (chunk.end - 1) // block_size + 1]
+        assert blocks[0] >= 0, "a block inside the window is missing"
+        offsets.append(chunk.start - first * block_size)
+        used.append(blocks)
+    tables = np.empty((len(chunks), max(map(len, used))), np.int64)
     for row, blocks in zip(tables, used, strict=True):
         row[: len(blocks)] = blocks
         row[len(blocks) :] = blocks[0]  # masked, but read: must be a block of finite numbers
-    assert tables.min() >= 0, "a block inside the window is missing"
-    offsets = [
-        chunk.start - first * block_size for chunk, first in zip(chunks, firsts, strict=True)
-    ]
     return plan_pages(
         torch.from_numpy(tables).to(device),
         torch.tensor(offsets, device=device),
@@ -132,28 +134,28 @@ def _pages(
     )
 
 
-def _slots(chunks: Sequence[Chunk], group: int, block_size: int) -> np.ndarray:
+def _slots(chunks: Sequence[Chunk], group: int, block_size: int) -> Integers:
     """Where each token's keys and values go, int64 [T]."""
-    slots = []
-    for chunk in chunks:
-        first = chunk.start // block_size
-        blocks = np.asarray(
-            chunk.tables[group][first : (chunk.end - 1) // block_size + 1], np.int64
-        )
-        assert blocks.min() >= 0, "a block to write to is missing"
-        positions = np.arange(chunk.start, chunk.end)
-        slots.append(blocks[positions // block_size - first] * block_size + positions % block_size)
-    return np.concatenate(slots)
+    return np.concatenate([_chunk_slots(chunk, group, block_size) for chunk in chunks])
+
+
+def _chunk_slots(chunk: Chunk, group: int, block_size: int) -> Integers:
+    first = chunk.start // block_size
+    blocks = chunk.tables[group][first : (chunk.end - 1) // block_size + 1]
+    assert blocks[0] >= 0, "a block to write to is missing"
+    if len(chunk.tokens) == 1:
+        return np.array([blocks[0] * block_size + chunk.start % block_size])
+    positions = np.arange(chunk.start, chunk.end)
+    return np.asarray(blocks)[positions // block_size - first] * block_size + positions % block_size
 
 
 def _logit_rows(
     chunks: Sequence[Chunk], ordered: Sequence[Chunk], device: torch.device
 ) -> Tensor | None:
-    ends = np.cumsum([len(chunk.tokens) for chunk in ordered])
-    end_of = {id(chunk): int(end) for chunk, end in zip(ordered, ends, strict=True)}
-    rows = np.concatenate(
-        [np.arange(end_of[id(chunk)] - chunk.logits, end_of[id(chunk)]) for chunk in chunks]
-    )
-    if len(rows) == ends[-1] and (rows[:-1] < rows[1:]).all():
+    """The rows of `ordered` whose logits are wanted, in the order of `chunks`."""
+    if all(len(chunk.tokens) == 1 == chunk.logits for chunk in chunks):
         return None
-    return torch.from_numpy(rows).to(device)
+    ends = np.cumsum([len(chunk.tokens) for chunk in ordered])
+    end_of = {id(chunk): end for chunk, end in zip(ordered, ends, strict=True)}
+    rows = [np.arange(end_of[id(chunk)] - chunk.logits, end_of[id(chunk)]) for chunk in chunks]
+    return torch.from_numpy(np.concatenate(rows)).to(device)

@@ -73,7 +73,7 @@ class Engine:
             self.model.windows, self.model.cache.blocks, config.block_size, config.prefix_cache
         )
         self._scheduler = Scheduler(blocks, config.max_sequences, config.max_step_tokens)
-        limits = Limits.of(config, self.model.config.vocab_size, self.model.cache.max_context)
+        limits = Limits.of(config, self.model.vocabulary, self.model.cache.max_context)
         self.intake = Intake(self.model.tokenizer, limits)
         self.load = Load(pools=blocks.use())
         """State after the last step; safe to read from any thread."""
@@ -81,6 +81,7 @@ class Engine:
         """When the engine's thread last showed life, on the clock of time.monotonic()."""
         self._meter = Meter()
         self._answers: dict[str, Answer] = {}
+        self._outbox: list[tuple[Answer, Items[Event]]] = []
         self._arrivals = 0
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._admission = threading.Lock()
@@ -188,7 +189,7 @@ class Engine:
                 shares = self._scheduler.schedule()
                 if shares:
                     self._step(shares)
-                self._publish()
+                self._deliver()
         except Exception:
             log.exception("the engine broke; it takes no more requests")
         with self._admission:
@@ -196,6 +197,7 @@ class Engine:
         self._obey(wait=False)
         for request_id in list(self._answers):
             self._fail(request_id, Unavailable("the engine was closed"))
+        self._deliver()
 
     def _obey(self, wait: bool) -> None:
         """Run all commands that are there; `wait` for one if there is nothing to compute."""
@@ -249,7 +251,7 @@ class Engine:
         answer = self._answers.get(request_id)
         if answer is not None:
             self._forget(answer)
-            self._send(answer, [Failed(error)])
+            self._outbox.append((answer, [Failed(error)]))
 
     def _forget(self, answer: Answer) -> None:
         for sequence in answer.sequences:
@@ -264,7 +266,7 @@ class Engine:
             self._answers[share.sequence.request_id].start(now)
         chunks = [self._chunk(share) for share in shares]
         try:
-            logits = self.model.runner.forward(chunks)
+            logits = self.model.runner.forward(chunks)[:, : self.model.vocabulary]
         except Exception as error:
             # One step's requests are lost; the engine goes on with the others.
             log.exception("the model failed in a step of %d sequences", len(shares))
@@ -305,7 +307,7 @@ class Engine:
         if sampled:
             self._sample(sampled, logits)
         self._meter.step(time.monotonic(), len(sampled))
-        self._tell({share.sequence.request_id for share in shares})
+        self._collect({share.sequence.request_id for share in shares})
 
     def _score_prompt(self, sequence: Sequence, chunk: Chunk, logits: Tensor) -> None:
         end = chunk.start + len(chunk.tokens)
@@ -341,8 +343,8 @@ class Engine:
             return suppressed
         return [*suppressed, *self._answers[sequence.request_id].stop_ids]
 
-    def _tell(self, request_ids: set[str]) -> None:
-        """Send what the step brought to those it concerns; let finished requests go."""
+    def _collect(self, request_ids: set[str]) -> None:
+        """Collect what the step brought to each request; let finished requests go."""
         now = time.monotonic()
         for request_id in request_ids:
             answer = self._answers.get(request_id)
@@ -355,11 +357,15 @@ class Engine:
             if answer.finished:
                 self._meter.cached_tokens += leader.cached
                 self._forget(answer)
-            self._send(answer, events)
+            if events:
+                self._outbox.append((answer, events))
 
-    def _send(self, answer: Answer, events: Items[Event]) -> None:
-        if events:
+    def _deliver(self) -> None:
+        """Publish the state, then send what has happened: who hears of it sees no older state."""
+        self._publish()
+        for answer, events in self._outbox:
             answer.request.sink(events)
+        self._outbox.clear()
 
     def _publish(self) -> None:
         scheduler, meter = self._scheduler, self._meter

@@ -1,7 +1,7 @@
 """Runs a decoder over a paged cache of keys and values.
 
-Owns the cache's tensors and nothing else: which block belongs to whom is the scheduler's business. What
-it gave up: a CUDA graph, and keys and values in one tensor (a single gather would do, but kernels want two).
+Owns the cache's tensors and nothing else: which block belongs to whom is the scheduler's business.
+What it gave up: a CUDA graph, and keys and values in one tensor, which one gather could read.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ class ModelRunner:
         self.dtype = dtype
         self.groups = cache_groups(config)
         self.windows = [group.window for group in self.groups]
-        # Zeros, not empty: an unwritten slot inside a block is masked by a factor 0, and 0 * NaN is NaN.
+        # Zeros, not empty: an unwritten slot of a block is read with weight 0, and 0 * NaN is NaN.
         self.caches: dict[int, tuple[Tensor, Tensor]] = {}
         for group, count in zip(self.groups, blocks, strict=True):
             for index in group.layers:
@@ -80,7 +80,7 @@ class PagedAttention:
             write_kv(key, value, key_cache, value_cache, self.step.slots[group])
         outputs = []
         for part in self.step.parts:
-            queries = query[part.rows].unflatten(0, (part.sequences, -1))
+            queries = query[part.rows].view(part.sequences, -1, *query.shape[1:])
             mixed = paged_attention(queries, key_cache, value_cache, part.pages[group])
             outputs.append(mixed.flatten(0, 1))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]

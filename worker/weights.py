@@ -1,16 +1,16 @@
 """Fills a decoder from safetensors: which tensor of a checkpoint goes where, and getting it there.
 
-`tensor_map` is the one table of names. It maps a checkpoint's name, without its prefix, to rows of a
-parameter of ours; fused parameters are row blocks in this order:
+`tensor_map` is the one table of names. It maps a checkpoint's name, without its prefix, to rows of
+a parameter of ours; fused parameters hold row blocks in this order:
 
-    layers.N.attention.qkv.weight      q_proj, k_proj, v_proj (v absent on k_eq_v layers; q alone on layers
-                                       that read another layer's keys)
-    layers.N.attention.head_norms      q_norm, k_norm
-    layers.N.feed_forward.mlp.gate_up  gate_proj, up_proj
+    layers.N.attention.qkv.weight             q_proj, k_proj, v_proj (no v on k_eq_v layers; q alone
+                                              on layers that read another layer's keys)
+    layers.N.attention.head_norms             q_norm, k_norm
+    layers.N.feed_forward.mlp.gate_up.weight  gate_proj, up_proj
 
-Files are mapped, and each tensor is copied once, straight into its rows on the target device and in the
-target dtype. The whole checkpoint is checked by its headers before any memory is allocated, and every
-wrong tensor is named at once. What it gave up: quantized checkpoints (the config refuses them).
+Files are mapped, and each tensor is copied once, straight into its rows on the target device and in
+the target dtype. All headers are checked before any memory is allocated, and every wrong tensor is
+named at once. What it gave up: quantized checkpoints (the config refuses them).
 """
 
 import json
@@ -59,9 +59,9 @@ def load_decoder(
 ) -> Decoder:
     """The decoder of a checkpoint folder, on `device` in `dtype`.
 
-    Reads model.safetensors, or the shards that model.safetensors.index.json lists. `progress` is told
-    (tensors loaded, tensors in all) after each. Raises CheckpointError naming every tensor that is
-    missing, unexpected or of a wrong shape or dtype, and for files that are missing or broken.
+    Reads model.safetensors, or the shards that model.safetensors.index.json lists. `progress` is
+    told (tensors loaded, tensors in all) after each. Raises CheckpointError naming the tensors that
+    are missing, unexpected or of a wrong shape or dtype, and for files that are missing or broken.
     """
     table = tensor_map(config)
     with ExitStack() as stack:
@@ -225,7 +225,7 @@ def _shard_names(index: Path) -> list[str]:
 def _sources(
     files: list[Any], config: ModelConfig, table: Mapping[str, Target]
 ) -> dict[str, tuple[Any, str]]:
-    """Where each tensor lies, by name without prefix: (file, name in the file); ignored ones left out."""
+    """Name without prefix to (file, name in the file), ignored tensors left out."""
     ignored = {f"{prefix}lm_head.weight" for prefix in PREFIXES} if config.tied_head else set()
     for index, layer in enumerate(config.layers):
         if layer.kv_source != index:  # E2B and E4B checkpoints still carry these

@@ -4,7 +4,7 @@ What they share stands elsewhere and only once: requests.py makes the messages, 
 them, status.py turns statuses into errors. Here is only the part that differs, the waiting.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -41,14 +41,26 @@ DEFAULT_TIMEOUT = 120.0
 
 
 class _Caller:
-    """What both clients know: the stub and the default timeout."""
+    """What both clients know: the address, the stub and the default timeout."""
 
-    def __init__(self, channel: grpc.Channel | grpc.aio.Channel, timeout: float | None) -> None:
+    def __init__(
+        self, address: str, channel: grpc.Channel | grpc.aio.Channel, timeout: float | None
+    ) -> None:
+        self.address = address
+        """host:port of the gateway."""
         self._stub: Any = gateway_pb2_grpc.GatewayServiceStub(channel)
         self._timeout = timeout
 
     def _seconds(self, options: Options) -> float | None:
         return options.get("timeout", self._timeout)
+
+    def _error(self, error: Any) -> ConclaveError:
+        """For the sync and the async kind of RpcError, which share these methods but no type."""
+        code, details = error.code(), details_of(error.trailing_metadata())
+        message = error.details() or code.name
+        if code is grpc.StatusCode.UNAVAILABLE and details is None:
+            message = f"lost the gateway at {self.address}, or none is there: {message}"
+        return error_of_status(code, message, details)
 
 
 class Client(_Caller):
@@ -65,7 +77,7 @@ class Client(_Caller):
         max_message_mib: int = 64,
     ) -> None:
         self._channel = grpc.insecure_channel(address, channel_options(max_message_mib))
-        super().__init__(self._channel, timeout)
+        super().__init__(address, self._channel, timeout)
 
     def generate(self, prompt: Prompt | None = None, **options: Unpack[Options]) -> Completion:
         """A whole answer."""
@@ -81,7 +93,7 @@ class Client(_Caller):
             request=generate_request(prompt, options),
             selector=selector_message(options.get("select")),
         )
-        return Stream(self._stub.Generate(request, timeout=self._seconds(options)))
+        return Stream(self._stub.Generate(request, timeout=self._seconds(options)), self._error)
 
     def score(
         self,
@@ -125,12 +137,11 @@ class Client(_Caller):
     ) -> None:
         self.close()
 
-    @staticmethod
-    def _call(method: Any, request: object, timeout: float | None) -> Any:
+    def _call(self, method: Any, request: object, timeout: float | None) -> Any:
         try:
             return method(request, timeout=timeout)
         except grpc.RpcError as error:
-            raise _error_of(error) from None
+            raise self._error(error) from None
 
 
 class AsyncClient(_Caller):
@@ -144,7 +155,7 @@ class AsyncClient(_Caller):
         max_message_mib: int = 64,
     ) -> None:
         self._channel = grpc.aio.insecure_channel(address, channel_options(max_message_mib))
-        super().__init__(self._channel, timeout)
+        super().__init__(address, self._channel, timeout)
 
     async def generate(
         self, prompt: Prompt | None = None, **options: Unpack[Options]
@@ -162,7 +173,9 @@ class AsyncClient(_Caller):
             request=generate_request(prompt, options),
             selector=selector_message(options.get("select")),
         )
-        return AsyncStream(self._stub.Generate(request, timeout=self._seconds(options)))
+        return AsyncStream(
+            self._stub.Generate(request, timeout=self._seconds(options)), self._error
+        )
 
     async def score(
         self,
@@ -206,19 +219,19 @@ class AsyncClient(_Caller):
     ) -> None:
         await self.close()
 
-    @staticmethod
-    async def _call(method: Any, request: object, timeout: float | None) -> Any:
+    async def _call(self, method: Any, request: object, timeout: float | None) -> Any:
         try:
             return await method(request, timeout=timeout)
         except grpc.RpcError as error:
-            raise _error_of(error) from None
+            raise self._error(error) from None
 
 
 class _Gathered:
     """What both kinds of stream know: the call and what has come of it."""
 
-    def __init__(self, call: Any) -> None:
+    def __init__(self, call: Any, error: Callable[[Any], ConclaveError]) -> None:
         self._call = call
+        self._error = error
         self._collector = Collector()
 
     @property
@@ -237,7 +250,7 @@ class _Gathered:
 
     def _check_ended(self) -> None:
         if self._collector.completion is None:
-            raise Unavailable("the gateway's stream ended too early; try again")
+            raise Unavailable("the stream ended without an end; try again")
 
 
 class Stream(_Gathered):
@@ -253,7 +266,7 @@ class Stream(_Gathered):
                 if delta is not None:
                     return delta
         except grpc.RpcError as error:
-            raise _error_of(error) from None
+            raise self._error(error) from None
         self._check_ended()
         raise StopIteration
 
@@ -277,7 +290,7 @@ class AsyncStream(_Gathered):
                 if delta is not None:
                     return delta
         except grpc.RpcError as error:
-            raise _error_of(error) from None
+            raise self._error(error) from None
         self._check_ended()
         raise StopAsyncIteration
 
@@ -286,10 +299,3 @@ class AsyncStream(_Gathered):
 
     async def __aexit__(self, *unused: object) -> None:
         self.close()
-
-
-def _error_of(error: Any) -> ConclaveError:
-    """For the sync and the async kind of RpcError, which share these methods but no type."""
-    return error_of_status(
-        error.code(), error.details() or "", details_of(error.trailing_metadata())
-    )

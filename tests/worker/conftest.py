@@ -1,9 +1,11 @@
-"""Tiny random Gemma 4 checkpoints, written by transformers: the truth that our decoder is held to.
+"""Tiny random Gemma 4 checkpoints, written by transformers: the truth our decoder is held to.
 
-One variant for each feature of the five sizes. Norms, layer scalars and expert scales are randomised,
-because their default of 1 hides half of all mistakes; weights are large enough to reach the softcap.
+One variant for each feature of the five sizes. Norms, layer scalars and expert scales are random,
+because their default of 1 hides half of all mistakes; weights are large enough for the softcap.
 """
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,8 +105,8 @@ def reference_config(variant: str) -> Any:
     if variant == "12":
         for name in ("hidden_size_per_layer_input", "vocab_size_per_layer_input"):
             del settings[name]
-        text = transformers.Gemma4UnifiedTextConfig(**settings)
-        return transformers.Gemma4UnifiedConfig(text_config=text, **towers)
+        unified = transformers.Gemma4UnifiedTextConfig(**settings)
+        return transformers.Gemma4UnifiedConfig(text_config=unified, **towers)
     text = transformers.Gemma4TextConfig(**settings)
     if variant == "12-wrapper":
         return transformers.Gemma4Config(text_config=text, **towers)
@@ -119,7 +121,7 @@ def write_checkpoint(variant: str, folder: Path) -> Path:
         for name, tensor in model.state_dict().items():
             if tensor.dim() == 1:
                 tensor.uniform_(0.5, 1.5)
-            elif "embed_tokens" in name:
+            elif "embed_tokens" in name or "lm_head" in name:
                 tensor.normal_(std=0.3)
             else:
                 tensor.normal_(std=tensor.shape[-1] ** -0.5)
@@ -166,3 +168,65 @@ def reference_logits(
         return logits
 
     return logits_of
+
+
+CHAT_TEMPLATE = """{{ bos_token }}{% for message in messages %}\
+{% if message.role == 'tool' %}{{ raise_exception('no tool turns here') }}{% endif %}\
+<|turn>{{ 'model' if message.role == 'assistant' else message.role }}
+{% if loop.first and enable_thinking %}<|think|>{% endif %}\
+{% if loop.first and tools %}{% for tool in tools %}<|tool>{{ tool | tojson }}<tool|>{% endfor %}{% endif %}\
+{{ message.content }}<turn|>
+{% endfor %}{% if add_generation_prompt %}<|turn>model
+{% endif %}"""
+SPECIAL = [
+    "<pad>",
+    "<eos>",
+    "<bos>",
+    "<unk>",
+    "<|turn>",
+    "<turn|>",
+    "<|think|>",
+    "<|tool>",
+    "<tool|>",
+]
+
+
+def write_byte_tokenizer(folder: Path) -> None:
+    """A tokenizer with one token a byte: byte b is token 16 + b."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    names = [*SPECIAL, *(f"<unused{i}>" for i in range(len(SPECIAL), 16))]
+    letters = [_letter_of(byte) for byte in range(256)]
+    vocabulary = {name: number for number, name in enumerate([*names, *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in SPECIAL])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 2)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def _letter_of(byte: int) -> str:
+    """The printable character that byte-level BPE writes for a byte (GPT-2)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    if byte in printable:
+        return chr(byte)
+    return chr(256 + sorted(set(range(256)) - set(printable)).index(byte))
+
+
+@pytest.fixture(scope="session")
+def text_checkpoint(
+    tiny_checkpoint: Callable[[int | str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Variant 1 with a byte tokenizer, a chat template and generation defaults."""
+    folder = tmp_path_factory.mktemp("text") / "checkpoint"
+    shutil.copytree(tiny_checkpoint(1), folder)
+    write_byte_tokenizer(folder)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    generation = {"eos_token_id": [1, 5], "temperature": 0.5, "top_k": 40}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder

@@ -1,10 +1,9 @@
 """A Gemma 4 text model's shape, read from a checkpoint's config.json.
 
-Pure Python, so that the scheduler and the planner can size caches without torch. Everything that varies
-by layer (window, heads, rope, whose keys it reads) is resolved here once, into one `LayerConfig` a layer;
-the tensor code asks no further questions of config.json. Missing keys take transformers' own defaults,
-settings that this decoder does not compute are refused by name. What it gave up: attention over a text
-in both directions, quantized checkpoints, and drafters (every layer reading a foreign cache).
+Pure Python, so that the scheduler can size caches without torch. What varies by layer (window,
+heads, rope, whose keys it reads) is resolved here once, into one `LayerConfig` a layer. Missing
+keys take transformers' own defaults; settings that this decoder does not compute are refused by
+name. What it gave up: attention in both directions, quantized checkpoints, drafters.
 """
 
 import json
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import cast
 
 from ..errors import CheckpointError
+from .fields import Fields
 
 MODEL_TYPES = ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -102,7 +102,7 @@ class ModelConfig:
 
         Raises CheckpointError on anything that this decoder would compute wrongly.
         """
-        outer = _Fields(values)
+        outer = Fields(values)
         fields = outer.section("text_config") if values.get("text_config") is not None else outer
         model_type = values.get("model_type", fields.values.get("model_type"))
         if model_type not in MODEL_TYPES:
@@ -162,46 +162,7 @@ def cache_groups(config: ModelConfig) -> tuple[CacheGroup, ...]:
     return tuple(groups)
 
 
-class _Fields:
-    """One JSON object, read with checks; errors name the key."""
-
-    def __init__(self, values: Mapping[str, object], place: str = "") -> None:
-        self.values = values
-        self.place = place
-
-    def section(self, name: str) -> "_Fields":
-        value = self.values.get(name)
-        if not isinstance(value, dict):
-            raise self.error(name, "must be an object")
-        return _Fields(value, f"{self.place}{name}.")
-
-    def integer(self, name: str, default: int | None = None, minimum: int = 1) -> int:
-        value = self.values.get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            raise self.error(name, f"must be an integer of at least {minimum}")
-        return value
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self.values.get(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-            raise self.error(name, "must be a number above 0")
-        return float(value)
-
-    def optional_number(self, name: str) -> float | None:
-        return None if self.values.get(name) is None else self.number(name)
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self.values.get(name, default)
-        if not isinstance(value, bool):
-            raise self.error(name, "must be true or false")
-        return value
-
-    def error(self, name: str, rule: str) -> CheckpointError:
-        value = self.values.get(name)
-        return CheckpointError(f"config.json: {self.place}{name} {rule}, not {value!r}")
-
-
-def _refuse_unsupported(fields: _Fields) -> None:
+def _refuse_unsupported(fields: Fields) -> None:
     """Refuses what would be computed wrongly, rather than ignoring it."""
     if fields.values.get("quantization_config") is not None:
         raise CheckpointError(
@@ -216,11 +177,11 @@ def _refuse_unsupported(fields: _Fields) -> None:
         raise fields.error("use_bidirectional_attention", "must be null or 'vision'")
 
 
-def _window(fields: _Fields, unified: bool) -> int:
+def _window(fields: Fields, unified: bool) -> int:
     return fields.integer("sliding_window", 1024 if unified else 512)
 
 
-def _layer_types(fields: _Fields) -> list[str]:
+def _layer_types(fields: Fields) -> list[str]:
     """`layer_types`, by default five sliding to one full; as in transformers the last is full."""
     count = fields.integer("num_hidden_layers", 30)
     types = fields.values.get("layer_types")
@@ -235,7 +196,7 @@ def _layer_types(fields: _Fields) -> list[str]:
     return [*cast("list[str]", types)[:-1], FULL]
 
 
-def _kv_sources(fields: _Fields, types: list[str]) -> list[int]:
+def _kv_sources(fields: Fields, types: list[str]) -> list[int]:
     """For each layer the one whose keys and values it reads (`num_kv_shared_layers`)."""
     shared = fields.integer("num_kv_shared_layers", 0, minimum=0)
     first = len(types) - shared
@@ -250,11 +211,11 @@ def _kv_sources(fields: _Fields, types: list[str]) -> list[int]:
     return sources
 
 
-def _attention_sizes(fields: _Fields, types: list[str]) -> list[tuple[int, int]]:
+def _attention_sizes(fields: Fields, types: list[str]) -> list[tuple[int, int]]:
     """(kv_heads, head_dim) of each layer, from `per_layer_config` or the older global keys.
 
-    transformers before 5.2x writes global_head_dim and num_global_key_value_heads (the latter counts only
-    with attention_k_eq_v); later ones write per_layer_config, and then the older keys do not count.
+    The older keys are global_head_dim and num_global_key_value_heads; the latter counts only with
+    attention_k_eq_v. Newer transformers write per_layer_config, and then the older do not count.
     """
     local = (fields.integer("num_key_value_heads", 4), fields.integer("head_dim", 256))
     if fields.values.get("per_layer_config") is None:
@@ -280,9 +241,9 @@ def _attention_sizes(fields: _Fields, types: list[str]) -> list[tuple[int, int]]
     return sizes
 
 
-def _rope(fields: _Fields, layer_type: str, head_dim: int) -> RopeConfig:
+def _rope(fields: Fields, layer_type: str, head_dim: int) -> RopeConfig:
     given = fields.values.get("rope_parameters")
-    ropes = _Fields(DEFAULT_ROPE) if given is None else fields.section("rope_parameters")
+    ropes = Fields(DEFAULT_ROPE) if given is None else fields.section("rope_parameters")
     rope = ropes.section(layer_type)
     kind = rope.values.get("rope_type", rope.values.get("type", "default"))
     theta = rope.number("rope_theta")
@@ -296,7 +257,7 @@ def _rope(fields: _Fields, layer_type: str, head_dim: int) -> RopeConfig:
     return RopeConfig(theta, int(share * head_dim // 2), rope.number("factor", 1.0))
 
 
-def _experts(fields: _Fields) -> ExpertsConfig | None:
+def _experts(fields: Fields) -> ExpertsConfig | None:
     if not fields.flag("enable_moe_block", False):
         return None
     count = fields.integer("num_experts")
@@ -306,7 +267,7 @@ def _experts(fields: _Fields) -> ExpertsConfig | None:
     return ExpertsConfig(count, active, fields.integer("moe_intermediate_size"))
 
 
-def _layers(fields: _Fields, unified: bool) -> tuple[LayerConfig, ...]:
+def _layers(fields: Fields, unified: bool) -> tuple[LayerConfig, ...]:
     types = _layer_types(fields)
     sources = _kv_sources(fields, types)
     sizes = _attention_sizes(fields, types)

@@ -1,7 +1,9 @@
 """The Gemma 4 text decoder of every size, and the attention that needs no cache.
 
-`Decoder` maps flat tokens to hidden states and those to logits. Who remembers keys is its caller's choice:
-the worker's paged cache (worker/runner.py), or `DenseAttention` here, for whole sequences and for training.
+`Decoder` maps flat tokens to hidden states and those to logits. Who remembers keys is its caller's
+choice: the worker's paged cache (worker/runner.py), or `DenseAttention` here, for whole sequences
+and for training. What it gave up: prompt tokens whose logits nobody wants could skip the layers
+after the last own keys (20 of 35 in E2B).
 """
 
 from collections.abc import Sequence
@@ -20,8 +22,8 @@ __all__ = ["Attention", "Decoder", "DenseAttention"]
 class Decoder(nn.Module):
     """Gemma 4 without its image and audio towers.
 
-    weights.py builds it without storage (`torch.device("meta")`) and fills it. A step's tokens lie flat,
-    several sequences end to end without padding; only the `Attention` knows where each one ends.
+    weights.py builds it without storage (`torch.device("meta")`) and fills it. A step's tokens lie
+    flat, several sequences end to end without padding; only the `Attention` knows where each ends.
     """
 
     embedding_scale: Tensor
@@ -42,7 +44,7 @@ class Decoder(nn.Module):
         self.head = None if config.tied_head else nn.Linear(size, config.vocab_size, bias=False)
 
     def forward(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """Hidden states after the final norm, [T, hidden], of int64 `tokens` and `positions` [T]."""
+        """Hidden states after the final norm [T, hidden], of int64 `tokens` and `positions` [T]."""
         hidden = self.embedding(tokens)
         # Rounded to the weights' dtype as in transformers: 53.066 becomes 53.0 in bfloat16.
         hidden = hidden * self.embedding_scale.to(hidden.dtype)
@@ -60,7 +62,7 @@ class Decoder(nn.Module):
         weight = self.embedding.weight if self.head is None else self.head.weight
         logits = F.linear(hidden, weight).float()
         cap = self.config.logit_softcap
-        return logits if cap is None else (logits / cap).tanh() * cap
+        return logits if cap is None else (logits / cap).tanh_() * cap
 
 
 class PerLayerEmbedding(nn.Module):
@@ -84,14 +86,15 @@ class PerLayerEmbedding(nn.Module):
         context = self.norm(projected.unflatten(-1, (-1, self.size)))
         scaled = self.embedding(tokens) * self.scale.to(embedded.dtype)
         identity = scaled.unflatten(-1, (-1, self.size))
-        return ((context + identity) * 2**-0.5).unbind(1)
+        mixed: Tensor = (context + identity) * 2**-0.5
+        return mixed.unbind(1)
 
 
 class DenseAttention:
     """Attention over sequences that lie whole in the call: full forward, training, tests.
 
-    Neighbours of equal length run as one batch. Keys and values are kept for the layers that read them;
-    make a new one for every call of the decoder. Differentiable.
+    `lengths` are those of the sequences; neighbours of equal length run as one batch. Keys and
+    values are kept for the layers that read them: make a new one for every call. Differentiable.
     """
 
     def __init__(self, config: ModelConfig, lengths: Sequence[int]) -> None:
@@ -100,7 +103,7 @@ class DenseAttention:
         sources = enumerate(layer.kv_source for layer in config.layers)
         self.read_later = {source for layer, source in sources if source != layer}
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
-        self.masks: dict[tuple[int, int | None], Tensor] = {}
+        self.masks: dict[tuple[int, int], Tensor] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor | None, value: Tensor | None) -> Tensor:
         """See `Attention`."""
@@ -115,11 +118,13 @@ class DenseAttention:
             rows = slice(begin, begin + length * count)
             parts = (part[rows].unflatten(0, (count, length)) for part in (query, key, value))
             queries, keys, values = (part.transpose(1, 2) for part in parts)
+            mask = self.mask(length, window, query.device)
             mixed = F.scaled_dot_product_attention(
                 queries,
                 keys,
                 values,
-                attn_mask=self.mask(length, window, query.device),
+                attn_mask=mask,
+                is_causal=mask is None,
                 scale=1.0,
                 enable_gqa=True,
             )
@@ -127,9 +132,11 @@ class DenseAttention:
             begin = rows.stop
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
-    def mask(self, length: int, window: int | None, device: torch.device) -> Tensor:
-        """Bool [length, length]: which keys (columns) a query (row) sees."""
+    def mask(self, length: int, window: int | None, device: torch.device) -> Tensor | None:
+        """Bool [length, length]: keys (columns) that a query (row) sees; None for all before it."""
+        if window is None or window >= length:
+            return None
         if (length, window) not in self.masks:
-            seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-            self.masks[length, window] = seen if window is None else seen.triu(1 - window)
+            seen = torch.ones(length, length, dtype=torch.bool, device=device)
+            self.masks[length, window] = seen.tril().triu(1 - window)
         return self.masks[length, window]

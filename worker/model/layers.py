@@ -1,9 +1,9 @@
 """The parts of a Gemma 4 decoder: norm, rope, attention, dense MLP, experts, layer.
 
-Own words for transformers' modeling_gemma4.py (research: parity in fp32 within 1e-4). Projections that
-read the same input are one matrix (qkv, gate_up), because at one token a step each matrix is a memory
-read and each torch call 3 to 10 us. Tokens are flat, [T, ...] everywhere; nothing here knows batches,
-pages or masks: keys and values go to an `Attention`. What it gave up: kernels of our own (see kernels/).
+The arithmetic is that of transformers' modeling_gemma4.py, to 1e-4 in float32. Projections of the
+same input are one matrix (qkv, gate_up), because at one token a step every torch call costs its 3
+to 10 us. Tokens are flat, [T, ...] everywhere; nothing here knows batches, pages or masks: keys and
+values go to an `Attention`. What it gave up: fused kernels (norm with rope, gelu with product).
 """
 
 import math
@@ -23,8 +23,8 @@ class Attention(Protocol):
     def attend(self, layer: int, query: Tensor, key: Tensor | None, value: Tensor | None) -> Tensor:
         """Softmax(query keys) values over what the tokens may see, with scale 1.
 
-        `query` [T, heads, head_dim]; `key` and `value` [T, kv_heads, head_dim], or None in a layer that
-        reads the keys of its `kv_source`. Returns [T, heads, head_dim].
+        `query` [T, heads, head_dim]; `key` and `value` [T, kv_heads, head_dim], or None in a layer
+        that reads the keys of its `kv_source`. Returns [T, heads, head_dim].
         """
         ...
 
@@ -32,8 +32,8 @@ class Attention(Protocol):
 def rms_norm(values: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
     """`values` / rms over the last dimension, times `weight` (no +1), computed in float32.
 
-    A GPU has one fused kernel for it. On the CPU F.rms_norm is six calls, 25 us for one token; with the
-    root of the mean square as hypot(norm, sqrt(n * epsilon)) it is four, 12 us, 30 times a step.
+    A GPU has one fused kernel for it. On a CPU F.rms_norm is six calls, 25 us for one token; with
+    hypot(norm, sqrt(n * epsilon)) for the root it is four calls and 12 us, 30 times a step.
     """
     size = values.shape[-1]
     if values.is_cuda:
@@ -42,7 +42,7 @@ def rms_norm(values: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
     zero, floor = _norm_constants(size, epsilon)
     length = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).hypot(floor)
     scaled = torch.addcdiv(zero, exact, length, value=math.sqrt(size))
-    return (scaled if weight is None else scaled * weight).type_as(values)
+    return (scaled if weight is None else scaled * weight).to(values.dtype)
 
 
 @lru_cache
@@ -72,8 +72,8 @@ class Rotations(nn.Module):
         self.kind_of_layer = [kinds.index((layer.head_dim, layer.rope)) for layer in config.layers]
         self.sizes = [head_dim for head_dim, _ in kinds]
         halves = [rope_frequencies(head_dim, rope) for head_dim, rope in kinds]
-        # cos is even and sin odd: with the first half negative, one cos and one sin of the whole row give
-        # (cos, cos) and (-sin, sin), the two factors that rotating by halves needs.
+        # cos is even and sin odd: with the first half negative, one cos and one sin of the whole
+        # row give (cos, cos) and (-sin, sin), the two factors that rotating by halves needs.
         signed = torch.cat([part for half in halves for part in (-half, half)])
         # No buffer, because module.to(bfloat16) must not round frequencies.
         self.frequencies = {signed.device: signed}
@@ -89,7 +89,10 @@ class Rotations(nn.Module):
 
 
 def rope_frequencies(head_dim: int, rope: RopeConfig) -> Tensor:
-    """Angle a position of each pair, float32 [head_dim / 2]; in torch's own pow, as the reference."""
+    """Angle of each pair at position 1, float32 [head_dim / 2].
+
+    In torch's float32 pow as in transformers: at position 100,000 another rounding would show.
+    """
     exponents = torch.arange(0, 2 * rope.pairs, 2, dtype=torch.float32, device="cpu") / head_dim
     turning = 1.0 / (rope.theta**exponents) / rope.factor
     return F.pad(turning, (0, head_dim // 2 - rope.pairs))
@@ -104,8 +107,8 @@ def rotate(values: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 class SelfAttention(nn.Module):
     """Projections, head norms and rope around an `Attention`.
 
-    `qkv` holds the rows of q, then k, then v; v is missing where the values are the raw keys, k and v
-    where another layer's are read. `head_norms` holds q_norm, then k_norm.
+    `qkv` holds the rows of q, then k, then v; v is missing where the values are the raw keys, k and
+    v where another layer's are read. `head_norms` holds q_norm, then k_norm.
     """
 
     head_norm_rows: Tensor
@@ -118,10 +121,10 @@ class SelfAttention(nn.Module):
         self.head_dim = layer.head_dim
         self.owns_keys = layer.kv_source == index
         self.epsilon = config.norm_epsilon
-        projected = layer.heads
+        self.projected = layer.heads
         if self.owns_keys:
-            projected += layer.kv_heads * (2 if layer.has_value_projection else 1)
-        self.qkv = nn.Linear(config.hidden_size, projected * layer.head_dim, bias=False)
+            self.projected += layer.kv_heads * (2 if layer.has_value_projection else 1)
+        self.qkv = nn.Linear(config.hidden_size, self.projected * layer.head_dim, bias=False)
         self.head_norms = nn.Parameter(torch.ones((2 if self.owns_keys else 1) * layer.head_dim))
         self.out = nn.Linear(layer.heads * layer.head_dim, config.hidden_size, bias=False)
         rows = [0] * layer.heads + [1] * (layer.kv_heads if self.owns_keys else 0)
@@ -131,17 +134,17 @@ class SelfAttention(nn.Module):
         self, hidden: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention
     ) -> Tensor:
         """[T, hidden] to [T, hidden]."""
-        # float32 between the projection and the cache: norm, weight and rope round once, not four times.
-        projected = self.qkv(hidden).unflatten(-1, (-1, self.head_dim)).float()
+        # float32 from projection to cache: norm, weight and rope round once, not four times.
+        projected = self.qkv(hidden).view(-1, self.projected, self.head_dim).float()
         normed = rms_norm(projected, None, self.epsilon)
         weights = self.head_norms.view(-1, self.head_dim).index_select(0, self.head_norm_rows)
-        turned = rotate(normed[:, : len(weights)] * weights, rotation).type_as(hidden)
+        turned = rotate(normed[:, : len(weights)] * weights, rotation).to(hidden.dtype)
         key = value = None
         if self.owns_keys:
             key = turned[:, self.heads :]
-            # With or without a value projection the last heads are what the values come from: their norm
-            # has no weight, so normed raw keys are the values of a layer that has none.
-            value = normed[:, -self.kv_heads :].type_as(hidden)
+            # The values' norm has no weight, so where they have no projection of their own they are
+            # the normed raw keys; either way they are the last heads.
+            value = normed[:, -self.kv_heads :].to(hidden.dtype)
         mixed: Tensor = attention.attend(self.index, turned[:, : self.heads], key, value)
         output: Tensor = self.out(mixed.flatten(1))
         return output
@@ -164,8 +167,8 @@ class MLP(nn.Module):
 class Experts(nn.Module):
     """Router and experts: each token's `active` best, weighted.
 
-    Tokens are sorted by expert so that each expert hit runs once on its own slice. On a GPU the counts
-    cost one synchronisation a layer.
+    Tokens are sorted by expert so that each expert hit runs once on its own slice. On a GPU the
+    counts cost one synchronisation a layer.
     """
 
     def __init__(self, experts: ExpertsConfig, config: ModelConfig) -> None:
@@ -199,7 +202,8 @@ class Experts(nn.Module):
             0, order, torch.arange(len(order), device=order.device)
         )
         per_token = outputs[back].unflatten(0, (-1, self.active))
-        return (per_token * weights[..., None]).sum(1).type_as(hidden)
+        output: Tensor = (per_token * weights[..., None]).sum(1).to(hidden.dtype)
+        return output
 
     def run(self, index: int, hidden: Tensor) -> Tensor:
         """One expert on its tokens, [n, hidden] to [n, hidden]."""
@@ -208,7 +212,7 @@ class Experts(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The dense MLP and, where the model has experts, their branch beside it, each with its norms."""
+    """The dense MLP and, where the model has experts, their branch beside it, with their norms."""
 
     def __init__(self, layer: LayerConfig, config: ModelConfig) -> None:
         super().__init__()
@@ -228,7 +232,8 @@ class FeedForward(nn.Module):
         if self.experts is None:
             return dense
         sparse = self.experts(self.experts_input_norm(residual), residual)
-        return self.mlp_output_norm(dense) + self.experts_output_norm(sparse)
+        output: Tensor = self.mlp_output_norm(dense) + self.experts_output_norm(sparse)
+        return output
 
 
 class PerLayerInput(nn.Module):

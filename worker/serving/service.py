@@ -18,6 +18,7 @@ from ...protos import generation_pb2, worker_pb2, worker_pb2_grpc
 from ..config import WorkerConfig
 from ..engine import Engine
 from ..errors import ConclaveError, InvalidRequest, Unavailable
+from ..requests.completion import Completion
 from ..requests.completion import Score as ScoreResult
 from ..requests.events import Delta, Event, Failed, Finished, Request, Sink, TokenRecord
 from ..requests.intake import new_id
@@ -99,6 +100,23 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
                 yield wire.response(request.request_id, event, self._config.name, self._model)
         except ConclaveError as error:
             await _abort(context, error)
+
+    async def Complete(
+        self, request: generation_pb2.GenerateRequest, context: Context
+    ) -> generation_pb2.CompleteResponse:
+        deltas: list[Delta] = []
+        request.whole = True
+        try:
+            async for event in self._answer(await self._build(request, context)):
+                if isinstance(event, Delta):
+                    deltas.append(event)
+                    continue
+                if isinstance(event, Failed):
+                    raise event.error
+                whole = Completion.of(deltas, event)
+        except ConclaveError as error:
+            await _abort(context, error)
+        return wire.completion(request.request_id, whole, self._config.name, self._model)
 
     async def Score(
         self, request: generation_pb2.ScoreRequest, context: Context

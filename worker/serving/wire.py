@@ -19,7 +19,7 @@ from ..errors import (
     Unavailable,
 )
 from ..requests import events
-from ..requests.completion import Score
+from ..requests.completion import Completion, Score
 from ..requests.intake import Intake
 from ..scheduling.sequence import FinishReason
 
@@ -89,6 +89,23 @@ def response(request_id: str, event: events.Event, worker: str, model: str) -> p
     else:
         message.failed.error.CopyFrom(_error(event.error))
     return message
+
+
+def completion(request_id: str, whole: Completion, worker: str, model: str) -> pb.CompleteResponse:
+    """All answers of a request as one message."""
+    end = _finished(whole.finished, worker, model)
+    return pb.CompleteResponse(
+        request_id=request_id,
+        outputs=[
+            pb.Output(text=output.text, tokens=map(token, output.tokens), end=last)
+            for output, last in zip(whole.outputs, end.outputs, strict=True)
+        ],
+        usage=end.usage,
+        timings=end.timings,
+        worker=worker,
+        model=model,
+        prompt_tokens=map(token, whole.prompt_tokens),
+    )
 
 
 def token(record: events.TokenRecord) -> pb.Token:

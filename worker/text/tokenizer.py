@@ -105,7 +105,7 @@ class Tokenizer:
             )
         try:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
-        except UnicodeEncodeError as error:  # a lone surrogate
+        except TypeError as error:  # what the library says of a lone surrogate
             raise InvalidRequest.of("prompt.text", f"is not valid Unicode: {error}") from None
         return ids
 

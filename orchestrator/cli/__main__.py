@@ -1,0 +1,5 @@
+"""`python -m conclave.orchestrator.cli`: the same as the script `conclave`, for jobs."""
+
+from . import main
+
+main()

@@ -1,0 +1,49 @@
+"""Options that several commands share, and the parsing of their small languages."""
+
+from typing import Annotated
+
+import typer
+
+from ...worker.errors import InvalidRequest
+from ..client import DEFAULT_ADDRESS, DEFAULT_TIMEOUT, Select
+
+Address = Annotated[str, typer.Option(envvar="CONCLAVE_ADDRESS", help="host:port of the gateway")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+Timeout = Annotated[float, typer.Option(help="seconds until the request is given up")]
+Names = Annotated[list[str] | None, typer.Option("--worker", help="only this worker; repeatable")]
+Model = Annotated[str, typer.Option(help="only workers with this model")]
+Labels = Annotated[
+    list[str] | None,
+    typer.Option("--label", help="KEY=VALUE, only workers so labelled; repeatable"),
+]
+
+__all__ = [
+    "DEFAULT_ADDRESS",
+    "DEFAULT_TIMEOUT",
+    "Address",
+    "AsJson",
+    "Labels",
+    "Model",
+    "Names",
+    "Timeout",
+    "pairs",
+    "selection",
+]
+
+
+def selection(names: list[str] | None, model: str, labels: list[str] | None) -> Select | None:
+    """The choice of workers that the options name; None for any."""
+    if not names and not model and not labels:
+        return None
+    return Select(names or (), model, pairs("label", labels))
+
+
+def pairs(option: str, texts: list[str] | None) -> dict[str, str]:
+    """`["a=1", "b=2"]` as a dict. Raises InvalidRequest naming the option."""
+    found = {}
+    for text in texts or ():
+        key, equals, value = text.partition("=")
+        if not key or not equals:
+            raise InvalidRequest.of(f"--{option}", f"{text!r} is not of the form KEY=VALUE")
+        found[key] = value
+    return found

@@ -1,0 +1,65 @@
+"""What commands print: answers on stdout, everything else on stderr."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..registry import WorkerState
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+COLOURS = {
+    WorkerState.STARTING: "yellow",
+    WorkerState.SERVING: "green",
+    WorkerState.DRAINING: "yellow",
+    WorkerState.DOWN: "red",
+}
+
+
+def state_text(state: WorkerState) -> str:
+    """A worker's state in its colour."""
+    return f"[{COLOURS[state]}]{state.name.lower()}[/]"
+
+
+def worker_table(workers: Iterable[Any]) -> Table:
+    """Workers as rows; takes the gateway's own records as well as the client's."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("worker", "state", "model", "device", "address", "open", "served", "restarts"):
+        table.add_column(column)
+    for worker in workers:
+        reason = f" {escape(worker.reason)}" if worker.reason else ""
+        table.add_row(
+            worker.name,
+            state_text(worker.state) + reason,
+            worker.model,
+            worker.device,
+            worker.address,
+            str(worker.open_requests),
+            str(worker.served_requests),
+            str(worker.restarts),
+        )
+    return table
+
+
+def print_json(value: object) -> None:
+    """One value as one line of JSON."""
+    print(json.dumps(_plain(value), ensure_ascii=False), flush=True)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Enum):
+        return value.name.lower()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

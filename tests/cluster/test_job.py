@@ -1,0 +1,59 @@
+"""The README's way into a Ray cluster: `ray start --head`, then `ray job submit`."""
+
+import json
+import socket
+import sys
+import urllib.request
+from typing import Any
+
+import pytest
+
+from conclave.orchestrator.client import Client
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2.0) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+@pytest.mark.timeout(300)
+def test_a_submitted_job_serves_the_fleet(ground: Any) -> None:
+    ports = {name: free_port() for name in ("ray", "dashboard", "gateway")}
+    jobs = f"http://127.0.0.1:{ports['dashboard']}"
+    # The token makes it work whether or not a local `ray.init()` has left one behind.
+    mode = {"RAY_AUTH_MODE": "token"}
+    assert ground.start("token.log", "ray", "get-auth-token", "--generate", **mode).wait(60) == 0
+    head = ground.start(
+        "head.log",
+        *("ray", "start", "--head", "--block", "--num-cpus=2", f"--port={ports['ray']}"),
+        *(f"--dashboard-port={ports['dashboard']}", "--include-dashboard=true"),
+        **mode,
+        # Only what the job brings along may make the package importable.
+        PYTHONPATH="",
+    )
+    ground.until(lambda: answers(f"{jobs}/api/version"), lambda: str(ground.log("head.log")))
+    submit = ground.start(
+        "submit.log",
+        *("ray", "job", "submit", "--address", jobs, "--working-dir", str(ground.root)),
+        *("--runtime-env-json", json.dumps({"env_vars": {"PYTHONPATH": ".root"}}), "--"),
+        *(sys.executable, "-m", "conclave.orchestrator.cli", "serve"),
+        *("--fleet", "fleet.yaml", "--port", str(ports["gateway"])),
+        **mode,
+    )
+    address = ground.logged("submit.log", "gateway ")
+    with Client(address) as client:
+        ground.serving(client, 3, "submit.log")
+        answer = client.generate("Package: git\nLanguage: de\n\n", max_tokens=8, ignore_eos=True)
+        assert answer.usage.completion_tokens == 8
+    assert submit.poll() is None, "the job must go on serving"
+    head.terminate()
+    head.wait(60)

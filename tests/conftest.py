@@ -1,0 +1,31 @@
+"""House rules for all tests: memory that nobody wrote is NaN, GPU tests need a GPU."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip GPU tests where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(autouse=True)
+def nan_in_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fill every `torch.empty` of floats with NaN, so that an unwritten output cannot pass."""
+    empty = torch.empty
+
+    def filled(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = empty(*args, **kwargs)
+        if tensor.is_floating_point() and tensor.device.type != "meta":
+            tensor.fill_(float("nan"))
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", filled)
+    yield
