@@ -1,4 +1,4 @@
-"""The committed protobuf modules are what `make protos` writes, and the protocol keeps its style."""
+"""The committed protobuf modules are what `make protos` writes; the protocol keeps its style."""
 
 import re
 import shutil

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from .config import EngineConfig, WorkerConfig
 from .errors import ConclaveError
@@ -40,7 +40,7 @@ def serve(
             }
         )
         config = WorkerConfig(name=name, engine=engine, host=host, port=port)
-        with Progress(TextColumn("loading"), BarColumn(), DownloadColumn()) as bar:
+        with Progress(TextColumn("loading"), BarColumn(), MofNCompleteColumn()) as bar:
             task = bar.add_task("loading", total=None)
             server = WorkerServer(
                 config, lambda done, total: bar.update(task, completed=done, total=total)

@@ -43,7 +43,7 @@ class EngineConfig(BaseModel):
     max_waiting: int = Field(default=1024, gt=0)
     """Sequences that may wait; a further request is refused with RESOURCE_EXHAUSTED."""
     threads: int | None = Field(default=None, gt=0)
-    """CPU threads for torch; None leaves torch's own choice."""
+    """CPU threads for torch; None takes what torch would, but leaves one core to the rest."""
 
     @model_validator(mode="after")
     def _one_cache_size(self) -> "EngineConfig":

@@ -50,7 +50,7 @@ class Engine:
 
     Args:
         config: the settings, or just the checkpoint's folder.
-        progress: called with bytes loaded so far and in all.
+        progress: called with tensors loaded so far and in all.
         settings: fields of EngineConfig, when `config` is a folder.
 
     Raises:

@@ -174,7 +174,8 @@ CHAT_TEMPLATE = """{{ bos_token }}{% for message in messages %}\
 {% if message.role == 'tool' %}{{ raise_exception('no tool turns here') }}{% endif %}\
 <|turn>{{ 'model' if message.role == 'assistant' else message.role }}
 {% if loop.first and enable_thinking %}<|think|>{% endif %}\
-{% if loop.first and tools %}{% for tool in tools %}<|tool>{{ tool | tojson }}<tool|>{% endfor %}{% endif %}\
+{% if loop.first and tools %}{% for tool in tools %}\
+<|tool>{{ tool | tojson }}<tool|>{% endfor %}{% endif %}\
 {{ message.content }}<turn|>
 {% endfor %}{% if add_generation_prompt %}<|turn>model
 {% endif %}"""

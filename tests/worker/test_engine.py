@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from conclave.worker.scheduling.sequence import FinishReason
 
 TinyCheckpoint = Callable[[int | str], Path]
 
-SMALL = {"max_context": 96, "kv_tokens": 4096, "block_size": 4, "threads": 1}
+SMALL: dict[str, Any] = {"max_context": 96, "kv_tokens": 4096, "block_size": 4, "threads": 1}
 
 
 def prompts(count: int, shared: int = 0) -> list[list[int]]:
@@ -75,7 +76,7 @@ def test_many_at_once_equal_one_at_a_time(
     lengths = [random.Random(i).randrange(1, 24) for i in range(count)]
 
     def run(at_once: bool, **settings: object) -> tuple[list[list[int]], Engine]:
-        with Engine(folder, **{**SMALL, **settings}) as engine:  # type: ignore[arg-type]
+        with Engine(folder, **{**SMALL, **settings}) as engine:
             streams, answers = [], []
             for prompt, length in zip(asked, lengths, strict=True):
                 stream = engine.stream(prompt, max_tokens=length, temperature=0.0, ignore_eos=True)
@@ -197,6 +198,18 @@ def test_max_tokens_zero_generates_nothing(engine: Engine) -> None:
     whole = engine.generate([5, 6, 7], max_tokens=0, prompt_logprobs=1)
     assert whole.token_ids == [] and len(whole.prompt_tokens) == 3
     assert whole.outputs[0].end.reason is FinishReason.LENGTH
+
+
+def test_prompt_of_one_token_has_nothing_to_score(engine: Engine) -> None:
+    (token,) = engine.generate([5], max_tokens=1, prompt_logprobs=1).prompt_tokens
+    assert token.id == 5 and token.logprob is None
+
+
+def test_hopelessly_long_text_is_refused_before_it_is_tokenised(text_engine: Engine) -> None:
+    started = time.monotonic()
+    with pytest.raises(InvalidRequest, match="too long"):
+        text_engine.generate("x" * 20_000_000)
+    assert time.monotonic() - started < 1.0
 
 
 def test_answer_ends_with_the_context(engine: Engine) -> None:

@@ -42,7 +42,8 @@ def reference_probabilities(logits: torch.Tensor, **fields: Any) -> torch.Tensor
         "min_p": MinPLogitsWarper,
     }
     warpers = LogitsProcessorList([kind(fields[k]) for k, kind in kinds.items() if k in fields])
-    return warpers(torch.tensor([[1]]), logits.clone().unsqueeze(0))[0].softmax(-1)
+    warped: Any = warpers(torch.LongTensor([[1]]), logits.clone().unsqueeze(0))  # type: ignore[arg-type]
+    return torch.as_tensor(warped[0].softmax(-1))
 
 
 @pytest.mark.parametrize(
@@ -164,7 +165,8 @@ def test_scores_carry_rank_and_candidates() -> None:
     assert [choice.rank for choice in scored] == [1, 5, VOCABULARY]
     assert [len(choice.candidates) for choice in scored] == [2, 0, 50]
     logprobs = logits.log_softmax(-1)
-    assert scored[0].candidates[0] == (tokens[0], pytest.approx(logprobs[0].max().item()))
+    token, logprob = scored[0].candidates[0]
+    assert token == tokens[0] and logprob == pytest.approx(logprobs[0].max().item())
 
 
 def test_nan_logits_give_no_token_and_spare_the_neighbours() -> None:

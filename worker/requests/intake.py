@@ -59,6 +59,7 @@ class Intake:
             InvalidRequest: the prompt is empty, or holds ids outside the vocabulary.
         """
         if isinstance(prompt, str):
+            self._check_length(prompt)
             return self.tokenizer.encode(prompt)
         if prompt and isinstance(prompt[0], Mapping):
             return self.tokenizer.chat(prompt, **chat)  # type: ignore[arg-type]
@@ -91,7 +92,7 @@ class Intake:
         """
         sampling = SamplingParams.checked({**self.tokenizer.sampling_defaults, **fields})
         self._check(prompt, sampling)
-        wanted = 1 if sampling.prompt_logprobs is not None and len(prompt) > 1 else None
+        wanted = None if sampling.prompt_logprobs is None else 1
         return Request(
             request_id or new_id(), tuple(prompt), sampling, sink, deadline, wanted, whole
         )
@@ -175,6 +176,16 @@ class Intake:
             if wrong is not None:
                 found.append(Violation(f"sampling.{name}", self._outside_message(wrong)))
         return found
+
+    def _check_length(self, text: str) -> None:
+        """Refuse a text that cannot fit before spending minutes on its tokens."""
+        most = self.limits.max_context * self.tokenizer.longest_token
+        if len(text) > most > 0:
+            raise InvalidRequest.of(
+                "prompt",
+                f"has {len(text)} characters, too long for a context of "
+                f"{self.limits.max_context} tokens",
+            )
 
     def _check_ids(self, field: str, ids: Items[int]) -> None:
         wrong = self._outside(ids)

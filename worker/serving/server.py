@@ -36,7 +36,7 @@ class WorkerServer:
 
     Args:
         config: the worker's settings.
-        progress: called with bytes loaded so far and in all.
+        progress: called with tensors loaded so far and in all.
         on_broken: called once if the engine dies under a running server.
 
     Raises:

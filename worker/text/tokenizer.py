@@ -49,6 +49,13 @@ class Tokenizer:
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     @cached_property
+    def longest_token(self) -> int:
+        """Most characters that one token can stand for; 0 without tokenizer.json."""
+        if self._tokenizer is None:
+            return 0
+        return max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)))
+
+    @cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer by the checkpoint's own word."""
         ids = self._generation.get("eos_token_id")

@@ -20,7 +20,7 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
-def ask(prompt: pb.Prompt = IDS, whole: bool = False, **sampling: Any) -> pb.GenerateRequest:
+def ask(prompt: pb.Prompt = IDS, *, whole: bool = False, **sampling: Any) -> pb.GenerateRequest:
     return pb.GenerateRequest(prompt=prompt, sampling=pb.SamplingParams(**sampling), whole=whole)
 
 
@@ -36,7 +36,7 @@ def until(true: Callable[[], bool], seconds: float = 5.0) -> bool:
     return true()
 
 
-def violations(error: grpc.RpcError) -> list[str]:
+def violations(error: Any) -> list[str]:
     """Field names in the BadRequest detail of a status."""
     status = rpc_status.from_call(error)
     assert status is not None
@@ -58,7 +58,7 @@ def test_stream_has_one_terminal_event_and_deltas_only(worker: Any) -> None:
 
 
 def test_whole_answer_is_one_delta_with_the_same_tokens(worker: Any) -> None:
-    fields = {"max_tokens": 9, "temperature": 0.0, "ignore_eos": True}
+    fields: dict[str, Any] = {"max_tokens": 9, "temperature": 0.0, "ignore_eos": True}
     streamed = [t for e in worker.stub.Generate(ask(**fields)) for t in e.delta.tokens]
     delta, finished = worker.stub.Generate(ask(whole=True, **fields))
     assert list(delta.delta.tokens) == streamed
@@ -66,7 +66,12 @@ def test_whole_answer_is_one_delta_with_the_same_tokens(worker: Any) -> None:
 
 
 def test_complete_says_the_same_in_one_message(worker: Any) -> None:
-    fields = {"max_tokens": 9, "temperature": 0.0, "ignore_eos": True, "logprobs": 1}
+    fields: dict[str, Any] = {
+        "max_tokens": 9,
+        "temperature": 0.0,
+        "ignore_eos": True,
+        "logprobs": 1,
+    }
     streamed = [t for e in worker.stub.Generate(ask(**fields)) for t in e.delta.tokens]
     answer = worker.stub.Complete(ask(n=2, prompt_logprobs=0, **fields))
     said = [[(t.id, t.text) for t in output.tokens] for output in answer.outputs]
@@ -237,7 +242,7 @@ def test_bad_request_names_its_field(worker: Any, case: str) -> None:
         list(worker.stub.Generate(request))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert violations(caught.value)[0] == field
-    assert field in caught.value.details()
+    assert field in (caught.value.details() or "")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Text comes out whole: no split code point, no stop text, nothing lost."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -109,7 +111,7 @@ def test_included_stop_text_is_shown() -> None:
 def test_nothing_of_a_stop_text_is_ever_shown(text: str, cuts: list[int], stops: list[str]) -> None:
     """What is shown is the text before the stop that is complete first, however it is cut."""
     edges = sorted({0, len(text), *(c for c in cuts if c < len(text))})
-    parts = [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [text[a:b] for a, b in pairwise(edges)]
     shown, matched = run_stops(parts, stops)
     if matched is None:
         assert shown == text and not any(stop in text for stop in stops)
