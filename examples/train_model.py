@@ -407,7 +407,8 @@ def sliding_mask(length: int, device: torch.device) -> torch.Tensor:
     """True where a token may look: itself and the tokens before it in the window."""
     position = torch.arange(length, device=device)
     distance = position[:, None] - position[None, :]
-    return ((distance >= 0) & (distance < CONFIG["sliding_window"]))[None, None]
+    window: int = CONFIG["sliding_window"]
+    return ((distance >= 0) & (distance < window))[None, None]
 
 
 class Rows:
@@ -667,18 +668,27 @@ def overview_section(evaluation: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def sample_prompts(folder: Path) -> Iterator[str]:
+    """The first held-out package of each sample language, then the first one as a conversation."""
+    first = {item.language: item for item in reversed(read_sample(folder))}
+    for language in SAMPLE_LANGUAGES:
+        yield "<bos>" + corpus.prompt(first[language].package, language)
+    render: Any = transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template
+    language = SAMPLE_LANGUAGES[0]
+    asked = corpus.question(language, first[language].package)
+    yield render([{"role": "user", "content": asked}], tokenize=False, add_generation_prompt=True)
+
+
 def greedy_samples(folder: Path) -> str:
-    """What the model writes about the first shared held-out package, without any choosing."""
+    """What the model writes after these prompts, without any choosing."""
     model: Any = load_model(folder)
     tokenizer = load_tokenizer(folder)
     sections = []
-    for language in SAMPLE_LANGUAGES:
-        document = next(item for item in read_sample(folder) if item.language == language)
-        asked = corpus.prompt(document.package, language)
-        ids = torch.tensor([tokenizer.encode(asked).ids])
-        output = model.generate(ids, do_sample=False, max_new_tokens=120, pad_token_id=PAD)[0]
-        written = tokenizer.decode(output[ids.shape[1] :].tolist())
-        sections.append(f"```text\n{asked}{written}\n```")
+    for asked in sample_prompts(folder):
+        ids = torch.tensor([tokenizer.encode(asked, add_special_tokens=False).ids])
+        output = model.generate(ids, do_sample=False, max_new_tokens=160)[0]
+        text = tokenizer.decode(output.tolist(), skip_special_tokens=False)
+        sections.append(f"```text\n{text}\n```")
     return "\n\n".join(sections)
 
 
@@ -695,7 +705,8 @@ def figures_section(folder: Path, evaluation: dict[str, Any]) -> str:
         "## Training",
         training_section(evaluation["training"]),
         "## What it writes",
-        "Greedy, for the first held-out package of the sample in four languages:",
+        "Greedy, after the prompts of the first held-out package of four languages, and after a "
+        "question in the chat format; taken as they came:",
         greedy_samples(folder),
     ]
     return "\n\n".join(parts)
@@ -769,12 +780,12 @@ def encode_command(work: WorkOption = WORK_FOLDER, model: ModelOption = MODEL_FO
 def train_command(
     work: WorkOption = WORK_FOLDER,
     model: ModelOption = MODEL_FOLDER,
-    epochs: Annotated[float, typer.Option(help="Passes over the training text.")] = 16,
+    epochs: Annotated[float, typer.Option(help="Passes over the training text.")] = 18,
     minutes: Annotated[float, typer.Option(help="End the run after this time at the latest.")] = 60,
     row_length: Annotated[int, typer.Option(help="Tokens per row.")] = 1024,
     tokens_per_step: Annotated[int, typer.Option(help="Tokens per optimizer step.")] = 131_072,
-    learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 3e-3,
-    weight_decay: Annotated[float, typer.Option(help="On matrices.")] = 0.1,
+    learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 6e-3,
+    weight_decay: Annotated[float, typer.Option(help="On matrices.")] = 0.8,
     warmup_steps: Annotated[int, typer.Option(help="Steps to the highest rate.")] = 200,
     evaluations: Annotated[int, typer.Option(help="Looks at the validation loss.")] = 20,
     seed: Annotated[int, typer.Option(help="For the weights and the order.")] = 0,
@@ -811,23 +822,27 @@ def final_evaluation(trainer: Trainer, splits: dict[str, Encoded]) -> dict[str, 
     overview = {name: score(model, part, budget)["overall"] for name, part in watched.items()}
     overview["held out, as saved (bfloat16 weights)"] = held_out["overall"]
     overview["held out, before rounding (float32 weights)"] = master["overall"]
-    tokens = max(trainer.history, key=lambda entry: entry["tokens"])["tokens"]
-    corpus_tokens = len(splits[corpus.TRAINING].tokens)
     return {
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "overview": {name: value.figures() for name, value in overview.items()},
         "heldout": perplexities(held_out),
-        "training": {
-            **circumstances(),
-            "recipe": asdict(trainer.recipe),
-            "compiled": trainer.compiled,
-            "seconds": round(trainer.seconds, 1),
-            "steps": trainer.history[-1]["step"],
-            "tokens": tokens,
-            "corpus_tokens": corpus_tokens,
-            "epochs": round(tokens / corpus_tokens, 2),
-            "history": trainer.history,
-        },
+        "training": training_record(trainer, len(splits[corpus.TRAINING].tokens)),
+    }
+
+
+def training_record(trainer: Trainer, corpus_tokens: int) -> dict[str, Any]:
+    """What was run, on what, for how long, and how the losses went."""
+    last = trainer.history[-1]
+    return {
+        **circumstances(),
+        "recipe": asdict(trainer.recipe),
+        "compiled": trainer.compiled,
+        "seconds": round(trainer.seconds, 1),
+        "steps": last["step"],
+        "tokens": last["tokens"],
+        "corpus_tokens": corpus_tokens,
+        "epochs": round(last["tokens"] / corpus_tokens, 2),
+        "history": trainer.history,
     }
 
 
