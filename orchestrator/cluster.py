@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+import socket
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +25,14 @@ log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.5
 """How long one look waits for actors to answer; a busy one keeps what was last known of it."""
+CONNECT_SECONDS = 5.0
 STARTING = Observation(
     Phase.STARTING, reason="its process is starting, or waits for free resources"
 )
 RESTARTING = Observation(Phase.STARTING, reason="Ray is restarting its process")
 
+_MODULE = re.compile(r"^([a-z_]+\.)+(?=[A-Z])")
+"""Of an exception's class, as the last line of a traceback gives it."""
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -59,8 +63,10 @@ class Cluster:
         """
         address = address or os.environ.get("RAY_ADDRESS") or None
         local = address is None
-        if local:
+        if address is None:
             _prepare_local_cluster()
+        else:
+            _check_reachable(address)
         try:
             ray.init(
                 address=address or "local",
@@ -158,10 +164,21 @@ class Cluster:
 def _obituary(message: str) -> Observation:
     """Why an actor is dead for good, in one line."""
     lines = [line.strip() for line in _COLOURS.sub("", message).splitlines() if line.strip()]
-    reason = lines[-1] if lines else "it died"
+    reason = _MODULE.sub("", lines[-1]) if lines else "it died"
     if "creation task" in message:
         return Observation(Phase.FAILED, reason=reason)
     return Observation(Phase.ABSENT, reason=reason)
+
+
+def _check_reachable(address: str) -> None:
+    """Raises ConfigError if nobody listens there, which Ray itself tells only after minutes."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or "://" in address:
+        return
+    try:
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ConfigError(f"no Ray cluster answers at {address}: {error}") from error
 
 
 def _prepare_local_cluster() -> None:

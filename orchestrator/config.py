@@ -80,7 +80,8 @@ class WorkerGroup(_Section):
     labels: dict[str, str] = Field(default_factory=dict)
     """Free words for selecting workers."""
     detached: bool = False
-    """Keeps the workers alive when the process that serves the fleet ends."""
+    """Keeps the workers alive when the process that serves the fleet ends; the next one that serves
+    it takes them over as they are, with the settings they were started with."""
 
     @field_validator("engine")
     @classmethod

@@ -21,8 +21,6 @@ from .registry import Registry, Worker
 from .router import Selector, Turn, choose, matching, turn
 from .status import Failure
 
-RETRIED = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED})
-
 Request = TypeVar("Request")
 Response = TypeVar("Response")
 Write = Callable[[GenerateResponse], Awaitable[None]]
@@ -162,7 +160,7 @@ class Dispatcher:
 
     def _failed(self, ask: Ask, failure: Failure) -> None:
         """Raises the failure if the ask may not be repeated."""
-        if failure.code not in RETRIED:
+        if failure.code is not grpc.StatusCode.UNAVAILABLE and not _is_overload(failure):
             self.counters.failures += 1
             raise failure
         if not _is_overload(ask.failure):
@@ -183,7 +181,10 @@ class Dispatcher:
 
 
 def _is_overload(failure: Failure | None) -> bool:
-    return failure is not None and failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    """A full worker; without details it is gRPC, and a message too large for every worker."""
+    if failure is None or failure.details is None:
+        return False
+    return failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 def _nobody_serves(candidates: list[Worker]) -> str:

@@ -2,7 +2,7 @@
 
 It needs no Ray. Whoever knows where workers are (the supervisor, or a test) tells it with
 `declare`, `located`, `starting` and `lost`; whether they serve, it hears from the workers
-themselves. If Ray goes away, the workers that live go on being served.
+themselves. So the gateway can be tested, and used, with workers started in any other way.
 """
 
 import asyncio

@@ -28,6 +28,8 @@ from .router import WorkerNotFound
 
 DETAILS_KEY = "grpc-status-details-bin"
 ERROR_DOMAIN = "conclave.v1"
+RETRY_SECONDS = 1.0
+"""When to try again, if whoever refused did not say."""
 
 Context = grpc.aio.ServicerContext[object, object]
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
@@ -107,8 +109,8 @@ def error_of_status(code: grpc.StatusCode, message: str, details: bytes | None) 
     violations, retry_after = _unpack(details)
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         return InvalidRequest(violations or [Violation("request", message)])
-    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        return Overloaded(message, retry_after if retry_after is not None else 1.0)
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and details is not None:
+        return Overloaded(message, RETRY_SECONDS if retry_after is None else retry_after)
     plain: dict[grpc.StatusCode, type[ConclaveError]] = {
         grpc.StatusCode.NOT_FOUND: WorkerNotFound,
         grpc.StatusCode.UNAVAILABLE: Unavailable,
@@ -135,7 +137,7 @@ def _describe(error: ConclaveError) -> tuple[grpc.StatusCode, Message]:
     if isinstance(error, Overloaded):
         return grpc.StatusCode.RESOURCE_EXHAUSTED, _retry_info(error.retry_after)
     if isinstance(error, Unavailable):
-        return grpc.StatusCode.UNAVAILABLE, _retry_info(1.0)
+        return grpc.StatusCode.UNAVAILABLE, _retry_info(RETRY_SECONDS)
     code = grpc.StatusCode.INTERNAL
     if isinstance(error, WorkerNotFound):
         code = grpc.StatusCode.NOT_FOUND

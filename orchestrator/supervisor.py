@@ -1,8 +1,7 @@
 """Keeps the fleet as its file says: look, plan, act, once a second, in a thread of its own.
 
 Ray's calls block, so nothing of this runs on the gateway's loop; what was seen is handed over
-through `report`. A round that fails is logged and tried again: if Ray goes away, the gateway goes
-on serving the workers that live.
+through `report`. A round that fails is logged and tried again.
 """
 
 import logging

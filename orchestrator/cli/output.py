@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Any
@@ -12,7 +13,8 @@ from rich.table import Table
 
 from ..registry import WorkerState
 
-console = Console(highlight=False)
+# A file or a pipe has no width: nothing is cut off there.
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 250)
 errors = Console(stderr=True, highlight=False)
 
 COLOURS = {
@@ -32,18 +34,19 @@ def worker_table(workers: Iterable[Any]) -> Table:
     """Workers as rows; takes the gateway's own records as well as the client's."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("worker", "state", "model", "device", "address", "open", "served", "restarts"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=True, overflow="fold")
+    table.add_column("reason")
     for worker in workers:
-        reason = f" {escape(worker.reason)}" if worker.reason else ""
         table.add_row(
             worker.name,
-            state_text(worker.state) + reason,
+            state_text(worker.state),
             worker.model,
             worker.device,
             worker.address,
             str(worker.open_requests),
             str(worker.served_requests),
             str(worker.restarts),
+            escape(worker.reason),
         )
     return table
 

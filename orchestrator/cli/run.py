@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import signal
 from contextlib import suppress
 from pathlib import Path
@@ -52,7 +53,7 @@ def stop(fleet: FleetFile = Path("fleet.yaml"), address: RayAddress = None) -> N
     from ..cluster import Cluster
 
     config = FleetConfig.load(fleet)
-    cluster = Cluster.connect(config.name, address or "auto")
+    cluster = Cluster.connect(config.name, address or os.environ.get("RAY_ADDRESS") or "auto")
     try:
         names = sorted(cluster.observe())
         with errors.status(f"draining {len(names)} workers"):
@@ -100,8 +101,14 @@ async def _serve(config: FleetConfig, cluster: "Cluster") -> None:
     fleet = Fleet(config, cluster, changed=_tell)
     asked_to_stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+
+    def stop_once() -> None:
+        asked_to_stop.set()
+        # A second Ctrl-C does not wait for the open asks.
+        loop.remove_signal_handler(signal.SIGINT)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, asked_to_stop.set)
+        loop.add_signal_handler(number, stop_once)
     try:
         await fleet.start()
         console.print(f"gateway {fleet.gateway.address}")

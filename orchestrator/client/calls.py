@@ -27,14 +27,7 @@ from .answers import (
     scores_of,
     workers_of,
 )
-from .requests import (
-    Options,
-    Prompt,
-    Select,
-    generate_request,
-    score_request,
-    selector_message,
-)
+from .requests import Options, Prompt, Select, generate_request, score_request, selector_message
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 DEFAULT_TIMEOUT = 120.0

@@ -70,7 +70,7 @@ def test_kill_under_load(client: Client, ground: Any) -> None:
     async def scenario() -> list[Load]:
         async with AsyncClient(client.address, timeout=120.0) as caller:
             loads = [Load() for _ in range(STREAMS)]
-            tasks = [asyncio.ensure_future(load.run(caller, 200)) for load in loads]
+            tasks = [asyncio.ensure_future(load.run(caller, 100)) for load in loads]
             # Eight sequences a worker run at once, so sixteen streams still wait for a place.
             while sum(load.begun.is_set() for load in loads) < 12:
                 await asyncio.sleep(0.01)

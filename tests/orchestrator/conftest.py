@@ -6,7 +6,8 @@ connections are reset and its port closes.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any
 
 import grpc
@@ -80,6 +81,14 @@ class Scripts:
                 yield worker.delta(request, f"t{index} ")
                 await asyncio.sleep(pause)
             yield worker.finished(request, count)
+
+        return script
+
+    @staticmethod
+    def say(text: str) -> Script:
+        async def script(worker: "FakeWorker", request: Any, context: Any) -> Events:
+            yield worker.delta(request, text)
+            yield worker.finished(request, 1)
 
         return script
 
@@ -246,6 +255,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             output.end.CopyFrom(event.finished.outputs[0])
             response.outputs.append(output)
             response.usage.CopyFrom(event.finished.usage)
+            response.timings.CopyFrom(event.finished.timings)
             response.worker, response.model = self.name, self.model
         return response
 
@@ -279,7 +289,7 @@ class Rig:
 
     async def __aexit__(self, *unused: object) -> None:
         await self.client.close()
-        await self.channel.close()
+        await self.channel.close(None)
         await self.gateway.stop(grace=0.0)
         for worker in self.workers + self.old:
             await worker.stop()
@@ -325,6 +335,47 @@ class Rig:
 @pytest.fixture
 def rig() -> type[Rig]:
     return Rig
+
+
+class LiveRig:
+    """A rig of two workers on a loop of its own, for callers that block."""
+
+    def __init__(self) -> None:
+        self.rig = Rig(2)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self.call(self.rig.__aenter__())
+        self.address = self.rig.gateway.address
+
+    def call(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(PATIENCE)
+
+    def script(self, script: Script) -> None:
+        """Lets both workers behave so."""
+        for worker in self.rig.workers:
+            worker.script = script
+
+    def until(self, holds: Callable[[], bool]) -> None:
+        self.call(self.rig.until(holds))
+
+    def close(self) -> None:
+        self.call(self.rig.__aexit__())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(PATIENCE)
+        self._loop.close()
+
+
+@pytest.fixture
+def live() -> Iterator[LiveRig]:
+    live = LiveRig()
+    yield live
+    live.close()
+
+
+@pytest.fixture
+def scripts() -> type[Scripts]:
+    return Scripts
 
 
 @pytest.fixture

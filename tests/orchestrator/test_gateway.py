@@ -17,8 +17,11 @@ from conclave.orchestrator.client import (
     Unavailable,
     WorkerNotFound,
 )
+from conclave.orchestrator.config import GatewayConfig
+from conclave.orchestrator.gateway import Gateway
 from conclave.orchestrator.registry import WorkerState
 from conclave.protos import gateway_pb2, gateway_pb2_grpc
+from conclave.worker.errors import ConfigError
 
 GATEWAY = "conclave.v1.GatewayService"
 
@@ -319,6 +322,31 @@ def test_health_follows_the_workers(rig: Any, run: Any) -> None:
             assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
             await fleet.replace(0)
             assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+
+    run(scenario())
+
+
+def test_an_address_in_use_is_told(rig: Any, run: Any) -> None:
+    async def scenario() -> None:
+        async with rig(1) as fleet:
+            port = int(fleet.gateway.address.rpartition(":")[2])
+            second = Gateway(GatewayConfig(port=port))
+            with pytest.raises(ConfigError, match="cannot listen on"):
+                await second.start()
+            await second.stop()
+
+    run(scenario())
+
+
+def test_an_answer_larger_than_a_message_may_be_is_not_retried(rig: Any, run: Any) -> None:
+    async def scenario() -> None:
+        async with rig(2, max_message_mib=1) as fleet:
+            for worker in fleet.workers:
+                worker.script = fleet.Scripts.say("x" * 2_000_000)
+            with pytest.raises(RemoteError, match="RESOURCE_EXHAUSTED"):
+                await fleet.client.generate("hello")
+            assert sum(len(worker.asked) for worker in fleet.workers) == 1
+            assert all(fleet.state(w) is WorkerState.SERVING for w in fleet.workers)
 
     run(scenario())
 
