@@ -165,16 +165,19 @@ async def decode_rate(front: Any, streams: int) -> float:
 async def overhead(front: Any, back: Any, pairs: int) -> dict[str, float]:
     """What the gateway adds to one unary call with one caller, in ms.
 
-    The two paths are asked in turn with the same one-token request, so that a machine that drifts
-    drifts for both; the figure is the difference of the medians.
+    The two paths are asked in turn with the same request, so that a machine that drifts drifts for
+    both; the figure is the difference of the medians. The request is as short as one can be, one
+    token in and one out, because the model's own time is noise here.
     """
-    asked = gateway_pb2.CompleteRequest(request=request(1))
+    short = request(1)
+    short.prompt.CopyFrom(generation_pb2.Prompt(token_ids={"ids": [2]}))
+    asked = gateway_pb2.CompleteRequest(request=short)
     through: list[float] = []
     direct: list[float] = []
     for index in track(range(-50, pairs), "gateway overhead", console=console):
         turn = [
             (through, lambda: front.Complete(asked)),
-            (direct, lambda: back.Complete(request(1))),
+            (direct, lambda: back.Complete(short)),
         ]
         for times, call in turn if index % 2 else reversed(turn):
             started = time.perf_counter()

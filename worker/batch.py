@@ -14,8 +14,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..kernels.reference import Pages, plan_pages
-
 Integers = npt.NDArray[np.int64]
 
 
@@ -45,8 +43,13 @@ class Part:
 
     rows: slice
     sequences: int
-    pages: tuple[Pages, ...]
-    """One for each cache group."""
+    queries: int
+    """Tokens of each sequence."""
+    tables: tuple[Tensor, ...]
+    """int64 [sequences, blocks] for each cache group: the blocks that the window reaches."""
+    offsets: tuple[Tensor, ...]
+    """int64 [sequences] for each cache group: where a sequence's first token lies in its row of
+    the table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,8 @@ class Step:
     parts: tuple[Part, ...]
     logit_rows: Tensor | None
     """int64: rows whose logits are wanted, in the order of the chunks; None for all rows."""
+    decodes: bool
+    """Whether every sequence runs one token."""
 
 
 def build_step(
@@ -69,11 +74,10 @@ def build_step(
     windows: Sequence[int | None],
     block_size: int,
     device: torch.device,
-    dtype: torch.dtype,
 ) -> Step:
     """The step that runs `chunks`; `windows` has one entry for each cache group.
 
-    `dtype` is the activations'. Chunks of one token come first among the rows, in any order given.
+    Chunks of one token come first among the rows, in any order given.
     """
     assert chunks and all(chunk.tokens and chunk.logits <= len(chunk.tokens) for chunk in chunks)
     decoding = [chunk for chunk in chunks if len(chunk.tokens) == 1]
@@ -81,13 +85,8 @@ def build_step(
     parts = []
     begin = 0
     for members in ([decoding] if decoding else []) + [[chunk] for chunk in prefilling]:
-        rows = slice(begin, begin + sum(len(chunk.tokens) for chunk in members))
-        pages = tuple(
-            _pages(members, group, window, block_size, device, dtype)
-            for group, window in enumerate(windows)
-        )
-        parts.append(Part(rows, len(members), pages))
-        begin = rows.stop
+        parts.append(_part(members, begin, windows, block_size, device))
+        begin = parts[-1].rows.stop
     ordered = decoding + prefilling
     positions = np.concatenate([np.arange(chunk.start, chunk.end) for chunk in ordered])
     tokens = np.concatenate([np.asarray(chunk.tokens, np.int64) for chunk in ordered])
@@ -100,18 +99,45 @@ def build_step(
         ),
         parts=tuple(parts),
         logit_rows=_logit_rows(chunks, ordered, device),
+        decodes=not prefilling,
     )
 
 
-def _pages(
+def decode_step(
+    tokens: Tensor,
+    positions: Tensor,
+    slots: tuple[Tensor, ...],
+    tables: tuple[Tensor, ...],
+    offsets: tuple[Tensor, ...],
+) -> Step:
+    """The step of sequences that all run one token, put together from its tensors."""
+    part = Part(slice(0, len(tokens)), len(tokens), 1, tables, offsets)
+    return Step(tokens, positions, slots, (part,), None, True)
+
+
+def _part(
     chunks: Sequence[Chunk],
-    group: int,
-    window: int | None,
+    begin: int,
+    windows: Sequence[int | None],
     block_size: int,
     device: torch.device,
-    dtype: torch.dtype,
-) -> Pages:
-    """The pages of chunks of equal length: only the blocks that their windows reach."""
+) -> Part:
+    """Chunks of equal length as the rows from `begin` on."""
+    queries = len(chunks[0].tokens)
+    reached = [_reach(chunks, group, window, block_size) for group, window in enumerate(windows)]
+    return Part(
+        slice(begin, begin + queries * len(chunks)),
+        len(chunks),
+        queries,
+        tuple(torch.from_numpy(tables).to(device) for tables, _ in reached),
+        tuple(torch.from_numpy(offsets).to(device) for _, offsets in reached),
+    )
+
+
+def _reach(
+    chunks: Sequence[Chunk], group: int, window: int | None, block_size: int
+) -> tuple[Integers, Integers]:
+    """Tables and offsets of chunks of equal length: only the blocks that their windows reach."""
     offsets, used = [], []
     for chunk in chunks:
         seen_from = 0 if window is None else max(0, chunk.start - window + 1)
@@ -124,14 +150,7 @@ def _pages(
     for row, blocks in zip(tables, used, strict=True):
         row[: len(blocks)] = blocks
         row[len(blocks) :] = blocks[0]  # masked, but read: must be a block of finite numbers
-    return plan_pages(
-        torch.from_numpy(tables).to(device),
-        torch.tensor(offsets, device=device),
-        window,
-        queries=len(chunks[0].tokens),
-        block_size=block_size,
-        dtype=dtype,
-    )
+    return tables, np.array(offsets, np.int64)
 
 
 def _slots(chunks: Sequence[Chunk], group: int, block_size: int) -> Integers:

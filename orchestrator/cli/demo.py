@@ -77,7 +77,8 @@ async def _demonstrate(config: FleetConfig, cluster: "Cluster", max_tokens: int)
 async def _answer(client: AsyncClient, package: str, language: str, max_tokens: int) -> None:
     console.print(f"\n[bold]{package}[/] [dim]{language}[/]")
     prompt = f"Package: {package}\nLanguage: {language}\n\n"
-    stream = client.stream(prompt, max_tokens=max_tokens, temperature=0.0)
+    # So small a model repeats itself when it always takes the likeliest token.
+    stream = client.stream(prompt, max_tokens=max_tokens, temperature=0.0, repetition_penalty=1.1)
     async for delta in stream:
         console.out(delta.text, end="", highlight=False)
     whole = stream.completion

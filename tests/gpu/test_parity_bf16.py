@@ -27,8 +27,10 @@ pytestmark = [
 VARIANTS = ["1", "2", "3", "4", "5", "5-small-table", "6", "7", "8", "9", "10", "11"]
 VARIANTS += ["12", "12-wrapper"]
 LENGTH, COUNT = 21, 16
-MEAN_MARGIN, MAX_MARGIN = 1.10, 1.35
-"""Over the worse of eager and sdpa: the mean of 172,000 errors is steady, the largest is luck."""
+MARGINS = {"mean": 1.05, "99 %": 1.2, "largest": 3.0}
+"""What our error may be, times the worse of eager and sdpa. Over 18 random models ours was 0.86 to
+1.01 in the mean and 0.78 to 1.14 at 99 %; the largest of 172,000 errors is luck: between eager and
+sdpa alone it differed by 0.35 to 1.8."""
 
 
 def tiny_checkpoints() -> Any:
@@ -87,9 +89,13 @@ def paged_logits(decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:
     return torch.cat(logits, 1)
 
 
-def errors(logits: torch.Tensor, truth: torch.Tensor) -> tuple[float, float]:
-    difference = (logits - truth).abs()
-    return difference.mean().item(), difference.max().item()
+def errors(logits: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
+    ordered = (logits - truth).abs().flatten().sort().values
+    return {
+        "mean": ordered.mean().item(),
+        "99 %": ordered[int(0.99 * len(ordered))].item(),
+        "largest": ordered[-1].item(),
+    }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -105,7 +111,8 @@ def test_no_worse_than_transformers(variant: str, tmp_path: Path, device: torch.
     ]
     decoder = load_decoder(folder, ModelConfig.load(folder), device, torch.bfloat16)
     for name, run in (("dense", dense_logits), ("paged", paged_logits)):
-        mean, largest = errors(run(decoder, tokens), truth)
-        print(f"{variant:14} {name} mean {mean:.4f} max {largest:.3f}, transformers {theirs}")
-        assert mean <= MEAN_MARGIN * max(their_mean for their_mean, _ in theirs)
-        assert largest <= MAX_MARGIN * max(their_max for _, their_max in theirs)
+        ours = errors(run(decoder, tokens), truth)
+        ratios = {what: ours[what] / max(their[what] for their in theirs) for what in MARGINS}
+        shares = ", ".join(f"{what} {ratio:.2f}" for what, ratio in ratios.items())
+        print(f"{variant:14} {name}: mean error {ours['mean']:.4f}; against transformers {shares}")
+        assert all(ratio <= MARGINS[what] for what, ratio in ratios.items()), shares

@@ -1,5 +1,6 @@
 """The runner's own promises: order of logits, rows left out, slots, and what a step may read."""
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 
 from conclave.worker.batch import Chunk, build_step
 from conclave.worker.model.config import ModelConfig, cache_groups
+from conclave.worker.recording import can_record
 from conclave.worker.runner import ModelRunner
 from conclave.worker.weights import load_decoder
 
@@ -73,20 +75,51 @@ def test_slots_and_tables() -> None:
     tables = ([5, 2, 7], [-1, 6, 3])
     decode = Chunk([1], 9, tables, 1)
     prefill = Chunk([2, 3, 4], 6, tables, 1)
-    step = build_step([prefill, decode], [None, 3], 4, CPU, torch.float32)
+    step = build_step([prefill, decode], [None, 3], 4, CPU)
     assert step.tokens.tolist() == [1, 2, 3, 4]
     assert step.positions.tolist() == [9, 6, 7, 8]
     assert step.slots[0].tolist() == [29, 10, 11, 28]
     assert step.slots[1].tolist() == [13, 26, 27, 12]
     assert step.logit_rows is not None and step.logit_rows.tolist() == [3, 0]
     decoding, prefilling = step.parts
-    assert decoding.pages[0].tables.tolist() == [[5, 2, 7]]
-    assert decoding.pages[1].tables.tolist() == [[6, 3]]
-    assert prefilling.pages[1].offsets.tolist() == [2]
-    seen = prefilling.pages[1].bias[0, 0] == 0
-    assert [row.nonzero().flatten().tolist() for row in seen] == [[0, 1, 2], [1, 2, 3], [2, 3, 4]]
+    assert decoding.tables[0].tolist() == [[5, 2, 7]]
+    assert decoding.tables[1].tolist() == [[6, 3]]
+    assert prefilling.offsets[1].tolist() == [2] and prefilling.queries == 3
+    assert not step.decodes
 
 
 def test_a_block_missing_inside_the_window_is_a_mistake_of_ours() -> None:
     with pytest.raises(AssertionError):
-        build_step([Chunk([1], 9, ([-1, 2, 3],), 1)], [None], 4, CPU, torch.float32)
+        build_step([Chunk([1], 9, ([-1, 2, 3],), 1)], [None], 4, CPU)
+
+
+@pytest.mark.parametrize("variant", ["1", "3", "4", "8", "11"])
+def test_recording_gives_the_same_numbers(
+    tiny_checkpoint: Callable[[int | str], Path], variant: str
+) -> None:
+    """Any number of sequences of any lengths, none of which the recording was made with."""
+    config = ModelConfig.load(tiny_checkpoint(variant))
+    decoder = load_decoder(tiny_checkpoint(variant), config, CPU, torch.float32)
+    blocks = tuple(64 for _ in cache_groups(config))
+    recorded = ModelRunner(decoder, config, blocks, 4, CPU, torch.float32)
+    plain = ModelRunner(decoder, config, blocks, 4, CPU, torch.float32)
+    assert recorded._recorded is not None
+    plain._recorded = None
+    draw = random.Random(3)
+    for sequences in (1, 2, 3, 7, 1, 5):
+        starts = [draw.randrange(0, 30) for _ in range(sequences)]
+        tables = [list(range(8 * row, 8 * row + 8)) for row in range(sequences)]
+        chunks = [
+            Chunk([draw.randrange(300)], start, (table,) * len(blocks), 1)
+            for start, table in zip(starts, tables, strict=True)
+        ]
+        assert torch.equal(recorded.forward(chunks), plain.forward(chunks))
+    for layer, caches in recorded.caches.items():
+        assert all(torch.equal(a, b) for a, b in zip(caches, plain.caches[layer], strict=True))
+
+
+def test_models_with_experts_are_not_recorded(
+    tiny_checkpoint: Callable[[int | str], Path],
+) -> None:
+    config = ModelConfig.load(tiny_checkpoint(6))
+    assert not can_record(config, CPU)

@@ -1,0 +1,109 @@
+"""The evaluation: every figure of a model, with where, when and by which command it was made.
+
+Given up: error bars; figures of small languages are noise, as the card says.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import shlex
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+import transformers
+
+from .checkpoint import load_model
+from .corpus import HELD_OUT, TRAINING, VALIDATION
+from .encoding import Encoded, encode_documents
+from .files import write_json, written_by
+from .sample import read_sample
+from .scoring import perplexities, score
+from .training import Trainer
+
+FILE_NAME = "evaluation.json"
+
+
+def final_evaluation(trainer: Trainer, splits: dict[str, Encoded]) -> dict[str, Any]:
+    """All figures of a finished run; the model is left with its rounded weights."""
+    budget = 65_536 if trainer.device.type == "cuda" else 4_096
+    model = trainer.model.eval()
+    master = score(model, splits[HELD_OUT], budget)
+    model.to(torch.bfloat16).to(torch.float32)  # in place: what the file can hold
+    held_out = score(model, splits[HELD_OUT], budget)
+    watched = {
+        "training (4,000 of the documents)": splits[TRAINING].spread(4_000),
+        "validation (chose the checkpoint)": splits[VALIDATION],
+    }
+    overview = {name: score(model, part, budget)["overall"] for name, part in watched.items()}
+    overview["held out, as saved (bfloat16 weights)"] = held_out["overall"]
+    overview["held out, before rounding (float32 weights)"] = master["overall"]
+    return {
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "overview": {name: value.figures() for name, value in overview.items()},
+        "heldout": perplexities(held_out),
+        "training": training_record(trainer, len(splits[TRAINING].tokens)),
+    }
+
+
+def training_record(trainer: Trainer, corpus_tokens: int) -> dict[str, Any]:
+    """What was run, on what, for how long, and how the losses went."""
+    last = trainer.history[-1]
+    return {
+        **circumstances(trainer.device),
+        "recipe": asdict(trainer.recipe),
+        "compiled": trainer.compiled,
+        "seconds": round(trainer.seconds, 1),
+        "steps": last["step"],
+        "tokens": last["tokens"],
+        "corpus_tokens": corpus_tokens,
+        "epochs": round(last["tokens"] / corpus_tokens, 2),
+        "history": trainer.history,
+    }
+
+
+def circumstances(device: torch.device) -> dict[str, Any]:
+    """Where and when a figure was made, and by which command."""
+    arguments = " ".join(shlex.quote(argument) for argument in sys.argv[1:])
+    return {
+        "command": f"python -m examples.train_model {arguments}",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "device": device_name(device),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "tokenizers": tokenizers.__version__,
+        },
+    }
+
+
+def device_name(device: torch.device) -> str:
+    on_gpu = device.type == "cuda"
+    return torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} CPU"
+
+
+def read_evaluation(model: Path) -> dict[str, Any]:
+    """The figures that `train` wrote beside the checkpoint."""
+    path = written_by("train", model / FILE_NAME)
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def write_evaluation(model: Path, evaluation: dict[str, Any]) -> None:
+    write_json(model / FILE_NAME, evaluation)
+
+
+def sample_record(model: Path) -> dict[str, Any]:
+    """Figures of the shipped held-out sample, in float32 on the CPU."""
+    encoded = encode_documents(read_sample(model), model)
+    started = time.perf_counter()
+    figures = perplexities(score(load_model(model), encoded, 4_096))
+    seconds = round(time.perf_counter() - started, 1)
+    return {**circumstances(torch.device("cpu")), "seconds": seconds, "figures": figures}
