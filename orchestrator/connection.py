@@ -1,8 +1,8 @@
 """The gateway's line to one process of one worker: a channel, its calls, and its health stream.
 
 The health stream stays open as long as the worker lives, so a drain or a death is seen within
-milliseconds and not at the next poll. Calls are made by hand instead of through the generated stub,
-which has no types.
+milliseconds and not at the next poll. Asks go through one conversation. Calls are made by hand
+instead of through the generated stub, which has no types.
 """
 
 import asyncio
@@ -13,9 +13,12 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2
 
-from ..protos import generation_pb2, worker_pb2
+from ..protos import worker_pb2
+from .conversation import Conversation, Pending
 
 SERVICE = worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name
+MESSAGE_BYTES = "conclave-message-bytes"
+"""Metadata key: the largest message that we take."""
 REWATCH_SECONDS = 0.2
 DESCRIBE_SECONDS = 5.0
 
@@ -64,17 +67,15 @@ class Connection:
         self._channel = grpc.aio.insecure_channel(address, channel_options(max_message_mib))
         self._watching: asyncio.Task[None] | None = None
         unary, stream = self._channel.unary_unary, self._channel.unary_stream
-        request = generation_pb2.GenerateRequest.SerializeToString
-        self.generate: StreamCall[
-            generation_pb2.GenerateRequest, generation_pb2.GenerateResponse
-        ] = stream(f"/{SERVICE}/Generate", request, generation_pb2.GenerateResponse.FromString)
-        self.complete: UnaryCall[
-            generation_pb2.GenerateRequest, generation_pb2.CompleteResponse
-        ] = unary(f"/{SERVICE}/Complete", request, generation_pb2.CompleteResponse.FromString)
-        self.score: UnaryCall[generation_pb2.ScoreRequest, generation_pb2.ScoreResponse] = unary(
-            f"/{SERVICE}/Score",
-            generation_pb2.ScoreRequest.SerializeToString,
-            generation_pb2.ScoreResponse.FromString,
+        converse = self._channel.stream_stream(
+            f"/{SERVICE}/Converse",
+            worker_pb2.ConverseRequest.SerializeToString,
+            worker_pb2.ConverseResponse.FromString,
+        )
+        size = str(max_message_mib * 1024 * 1024)
+        limit = ((MESSAGE_BYTES, size),)
+        self._conversation = Conversation(
+            lambda: converse(metadata=limit)  # type: ignore[call-arg]
         )
         self._describe: UnaryCall[worker_pb2.DescribeRequest, worker_pb2.DescribeResponse] = unary(
             f"/{SERVICE}/Describe",
@@ -95,8 +96,15 @@ class Connection:
             self._watching.cancel()
         self._watching = asyncio.create_task(self._follow(), name=f"health of {self.name}")
 
+    def ask(self, request: worker_pb2.ConverseRequest, timeout: float | None) -> Pending:
+        """Asks the worker; `timeout` in seconds goes along."""
+        if timeout is not None:
+            request.timeout_seconds = timeout
+        return self._conversation.ask(request)
+
     async def close(self) -> None:
         """Ends every call on this line."""
+        await self._conversation.close()
         if self._watching is not None:
             self._watching.cancel()
             with contextlib.suppress(asyncio.CancelledError):

@@ -8,23 +8,27 @@ or logs on the way of a good answer: this is the path whose cost is counted.
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import grpc
 import grpc.aio
 
-from ..protos.generation_pb2 import GenerateRequest, GenerateResponse
+from ..protos.generation_pb2 import (
+    CompleteResponse,
+    GenerateRequest,
+    GenerateResponse,
+    ScoreRequest,
+    ScoreResponse,
+)
+from ..protos.worker_pb2 import ConverseRequest, Reply
 from ..worker.errors import Unavailable
 from .config import GatewayConfig
-from .connection import Connection, UnaryCall
+from .connection import Connection
+from .conversation import Pending
 from .registry import Registry, Worker
 from .router import Selector, Turn, choose, matching, turn
 from .status import Failure
 
-Request = TypeVar("Request")
-Response = TypeVar("Response")
 Write = Callable[[GenerateResponse], Awaitable[None]]
-EventCall = grpc.aio.UnaryStreamCall[GenerateRequest, GenerateResponse]
 
 
 @dataclass(slots=True)
@@ -62,36 +66,24 @@ class Dispatcher:
         self._config = config
         self._waiting: set[asyncio.Future[None]] = set()
 
-    async def answer(
-        self,
-        ask: Ask,
-        method: Callable[[Connection], UnaryCall[Request, Response]],
-        request: Request,
-    ) -> Response:
-        """One message for one message. Raises Failure or a typed error."""
-        self.counters.requests += 1
-        while True:
-            worker, connection = await self._pick(ask)
-            worker.open_requests += 1
-            try:
-                response = await method(connection)(request, timeout=ask.remaining())
-                worker.served_requests += 1
-                return response
-            except grpc.aio.AioRpcError as error:
-                failure = self._examine(connection, Failure.of_call(error))
-            finally:
-                worker.open_requests -= 1
-            self._failed(ask, failure)
+    async def complete(self, ask: Ask, request: GenerateRequest) -> CompleteResponse:
+        """A whole answer. Raises Failure or a typed error."""
+        return (await self._answer(ask, ConverseRequest(complete=request))).completion
+
+    async def score(self, ask: Ask, request: ScoreRequest) -> ScoreResponse:
+        """Log-likelihoods. Raises Failure or a typed error."""
+        return (await self._answer(ask, ConverseRequest(score=request))).scores
 
     async def stream(self, ask: Ask, request: GenerateRequest, write: Write) -> None:
         """A stream of events. Raises Failure or a typed error if nothing has been written."""
         self.counters.requests += 1
+        message = ConverseRequest(generate=request)
         while True:
             worker, connection = await self._pick(ask)
             worker.open_requests += 1
-            call = connection.generate(request, timeout=ask.remaining())
+            pending = connection.ask(message, ask.remaining())
             try:
-                begun, failure = await self._relay(call, write)
+                begun, failure = await self._relay(pending, write)
                 if failure is not None:
                     failure = self._examine(connection, failure)
                     if begun:
@@ -102,7 +94,25 @@ class Dispatcher:
                     return
             finally:
                 worker.open_requests -= 1
-                call.cancel()
+                pending.close()
+            self._failed(ask, failure)
+
+    async def _answer(self, ask: Ask, message: ConverseRequest) -> Reply:
+        """The one reply to a message."""
+        self.counters.requests += 1
+        while True:
+            worker, connection = await self._pick(ask)
+            worker.open_requests += 1
+            pending = connection.ask(message, ask.remaining())
+            try:
+                reply = await pending.next()
+                worker.served_requests += 1
+                return reply
+            except Failure as error:
+                failure = self._examine(connection, error)
+            finally:
+                worker.open_requests -= 1
+                pending.close()
             self._failed(ask, failure)
 
     def workers_changed(self) -> None:
@@ -112,21 +122,24 @@ class Dispatcher:
                 future.set_result(None)
 
     @staticmethod
-    async def _relay(call: EventCall, write: Write) -> tuple[bool, Failure | None]:
+    async def _relay(pending: Pending, write: Write) -> tuple[bool, Failure | None]:
         """Passes a worker's events on: whether any was written, and why the end is missing."""
         begun = ended = False
         try:
-            async for event in call:
-                if ended:
-                    continue
+            while not ended:
+                reply = await pending.next()
+                if reply.last:
+                    failure = Failure.of_error(Unavailable("the worker sent no end"))
+                    return begun, failure
+                event = reply.event
                 kind = event.WhichOneof("event")
                 if kind == "failed" and not begun:
                     return False, Failure.of_event(event.failed.error)
                 await write(event)
                 begun, ended = True, kind != "delta"
-        except grpc.aio.AioRpcError as error:
-            return begun, None if ended else Failure.of_call(error)
-        return begun, None if ended else Failure(grpc.StatusCode.UNAVAILABLE, "no end was sent")
+        except Failure as failure:
+            return begun, failure
+        return begun, None
 
     async def _pick(self, ask: Ask) -> tuple[Worker, Connection]:
         worker = choose(self._registry.workers.values(), ask.selector, ask.tried)
@@ -181,10 +194,10 @@ class Dispatcher:
 
 
 def _is_overload(failure: Failure | None) -> bool:
-    """A full worker; without details it is gRPC, and a message too large for every worker."""
-    if failure is None or failure.details is None:
+    """A full worker; one that does not say when to retry has met a message too large for all."""
+    if failure is None or failure.code is not grpc.StatusCode.RESOURCE_EXHAUSTED:
         return False
-    return failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    return failure.retry_after is not None
 
 
 def _nobody_serves(candidates: list[Worker]) -> str:

@@ -4,7 +4,6 @@ import time
 import uuid
 from collections.abc import Awaitable
 from importlib.metadata import PackageNotFoundError, version
-from operator import attrgetter
 from typing import TypeVar
 
 from ..protos import gateway_pb2, gateway_pb2_grpc, generation_pb2
@@ -15,9 +14,6 @@ from .router import ANY, Selector
 from .status import Context, Failure, abort
 
 SERVICE = gateway_pb2.DESCRIPTOR.services_by_name["GatewayService"].full_name
-
-_complete = attrgetter("complete")
-_score = attrgetter("score")
 
 Answer = TypeVar("Answer")
 Enveloped = (
@@ -46,14 +42,14 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
     ) -> generation_pb2.CompleteResponse:
         """Answers a prompt in one message."""
         ask = await _open(request, context)
-        return await _answer(self._dispatcher.answer(ask, _complete, request.request), context)
+        return await _answer(self._dispatcher.complete(ask, request.request), context)
 
     async def Score(
         self, request: gateway_pb2.GatewayScoreRequest, context: Context
     ) -> generation_pb2.ScoreResponse:
         """Log-likelihoods of given continuations."""
         ask = await _open(request, context)
-        return await _answer(self._dispatcher.answer(ask, _score, request.request), context)
+        return await _answer(self._dispatcher.score(ask, request.request), context)
 
     async def ListWorkers(
         self, request: gateway_pb2.ListWorkersRequest, context: Context

@@ -65,6 +65,17 @@ class Failure(Exception):
         return cls(code, error.details() or code.name, details_of(error.trailing_metadata()))
 
     @classmethod
+    def of_status(cls, packed: bytes) -> "Failure":
+        """The failure of an ask that ended with a serialized google.rpc.Status."""
+        status = status_pb2.Status.FromString(packed)
+        return cls(_CODES.get(status.code, grpc.StatusCode.UNKNOWN), status.message, packed)
+
+    @property
+    def retry_after(self) -> float | None:
+        """Seconds after which to try again, if whoever refused said so."""
+        return _unpack(self.details)[1]
+
+    @classmethod
     def of_event(cls, error: generation_pb2.Error) -> "Failure":
         """The failure that a worker told in its first event instead of a status."""
         after = error.retry_after_seconds if error.HasField("retry_after_seconds") else None
@@ -109,8 +120,8 @@ def error_of_status(code: grpc.StatusCode, message: str, details: bytes | None) 
     violations, retry_after = _unpack(details)
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         return InvalidRequest(violations or [Violation("request", message)])
-    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and details is not None:
-        return Overloaded(message, RETRY_SECONDS if retry_after is None else retry_after)
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and retry_after is not None:
+        return Overloaded(message, retry_after)
     plain: dict[grpc.StatusCode, type[ConclaveError]] = {
         grpc.StatusCode.NOT_FOUND: WorkerNotFound,
         grpc.StatusCode.UNAVAILABLE: Unavailable,

@@ -7,6 +7,48 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class ConverseRequest(_message.Message):
+    __slots__ = ("ask", "generate", "complete", "score", "cancel", "timeout_seconds")
+    ASK_FIELD_NUMBER: _ClassVar[int]
+    GENERATE_FIELD_NUMBER: _ClassVar[int]
+    COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    ask: int
+    generate: _generation_pb2.GenerateRequest
+    complete: _generation_pb2.GenerateRequest
+    score: _generation_pb2.ScoreRequest
+    cancel: CancelAsk
+    timeout_seconds: float
+    def __init__(self, ask: _Optional[int] = ..., generate: _Optional[_Union[_generation_pb2.GenerateRequest, _Mapping]] = ..., complete: _Optional[_Union[_generation_pb2.GenerateRequest, _Mapping]] = ..., score: _Optional[_Union[_generation_pb2.ScoreRequest, _Mapping]] = ..., cancel: _Optional[_Union[CancelAsk, _Mapping]] = ..., timeout_seconds: _Optional[float] = ...) -> None: ...
+
+class CancelAsk(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ConverseResponse(_message.Message):
+    __slots__ = ("replies",)
+    REPLIES_FIELD_NUMBER: _ClassVar[int]
+    replies: _containers.RepeatedCompositeFieldContainer[Reply]
+    def __init__(self, replies: _Optional[_Iterable[_Union[Reply, _Mapping]]] = ...) -> None: ...
+
+class Reply(_message.Message):
+    __slots__ = ("ask", "event", "completion", "scores", "status", "last")
+    ASK_FIELD_NUMBER: _ClassVar[int]
+    EVENT_FIELD_NUMBER: _ClassVar[int]
+    COMPLETION_FIELD_NUMBER: _ClassVar[int]
+    SCORES_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    ask: int
+    event: _generation_pb2.GenerateResponse
+    completion: _generation_pb2.CompleteResponse
+    scores: _generation_pb2.ScoreResponse
+    status: bytes
+    last: bool
+    def __init__(self, ask: _Optional[int] = ..., event: _Optional[_Union[_generation_pb2.GenerateResponse, _Mapping]] = ..., completion: _Optional[_Union[_generation_pb2.CompleteResponse, _Mapping]] = ..., scores: _Optional[_Union[_generation_pb2.ScoreResponse, _Mapping]] = ..., status: _Optional[bytes] = ..., last: _Optional[bool] = ...) -> None: ...
+
 class DescribeRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

@@ -60,6 +60,11 @@ class WorkerServiceStub:
                 request_serializer=conclave_dot_protos_dot_worker__pb2.DrainRequest.SerializeToString,
                 response_deserializer=conclave_dot_protos_dot_worker__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.Converse = channel.stream_stream(
+                '/conclave.v1.WorkerService/Converse',
+                request_serializer=conclave_dot_protos_dot_worker__pb2.ConverseRequest.SerializeToString,
+                response_deserializer=conclave_dot_protos_dot_worker__pb2.ConverseResponse.FromString,
+                _registered_method=True)
         self.GetLoad = channel.unary_unary(
                 '/conclave.v1.WorkerService/GetLoad',
                 request_serializer=conclave_dot_protos_dot_worker__pb2.GetLoadRequest.SerializeToString,
@@ -105,6 +110,14 @@ class WorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Converse(self, request_iterator, context):
+        """Generate, Complete and Score for many asks over one call, for a gateway: setting a call up costs
+        more than a short answer. An ask ends with its `last` reply; the call itself with the worker.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetLoad(self, request, context):
         """How busy the worker is now.
         """
@@ -139,6 +152,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=conclave_dot_protos_dot_worker__pb2.DrainRequest.FromString,
                     response_serializer=conclave_dot_protos_dot_worker__pb2.DrainResponse.SerializeToString,
+            ),
+            'Converse': grpc.stream_stream_rpc_method_handler(
+                    servicer.Converse,
+                    request_deserializer=conclave_dot_protos_dot_worker__pb2.ConverseRequest.FromString,
+                    response_serializer=conclave_dot_protos_dot_worker__pb2.ConverseResponse.SerializeToString,
             ),
             'GetLoad': grpc.unary_unary_rpc_method_handler(
                     servicer.GetLoad,
@@ -281,6 +299,33 @@ class WorkerService:
             '/conclave.v1.WorkerService/Drain',
             conclave_dot_protos_dot_worker__pb2.DrainRequest.SerializeToString,
             conclave_dot_protos_dot_worker__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Converse(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/conclave.v1.WorkerService/Converse',
+            conclave_dot_protos_dot_worker__pb2.ConverseRequest.SerializeToString,
+            conclave_dot_protos_dot_worker__pb2.ConverseResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+import uvloop
 from rich.markup import escape
 
 from ...worker.errors import Unavailable
@@ -43,7 +44,8 @@ def serve(
     config = with_gateway(FleetConfig.load(fleet), host, port)
     cluster = join(config, address)
     try:
-        asyncio.run(_serve(config, cluster))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(config, cluster))
     finally:
         cluster.close()
 

@@ -22,6 +22,7 @@ from conclave.orchestrator.config import GatewayConfig
 from conclave.orchestrator.gateway import Gateway
 from conclave.orchestrator.registry import WorkerState
 from conclave.protos import generation_pb2, worker_pb2, worker_pb2_grpc
+from conclave.worker.serving.conversation import Conversation
 
 SERVICE = "conclave.v1.WorkerService"
 PATIENCE = 10.0
@@ -258,6 +259,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             response.timings.CopyFrom(event.finished.timings)
             response.worker, response.model = self.name, self.model
         return response
+
+    async def Converse(self, requests: Any, context: Any) -> None:
+        limit = int(dict(context.invocation_metadata())["conclave-message-bytes"])
+        await Conversation(self, limit).run(context)
 
     async def Score(self, request: Any, context: Any) -> generation_pb2.ScoreResponse:
         scores = [

@@ -23,6 +23,7 @@ from ..requests.completion import Score as ScoreResult
 from ..requests.events import Delta, Event, Failed, Finished, Request, Sink, TokenRecord
 from ..requests.intake import new_id
 from . import wire
+from .conversation import MESSAGE_BYTES, Conversation
 
 _LONG_TEXT = 4000
 """Characters above which tokenising would hold the loop up for a millisecond or more."""
@@ -136,6 +137,9 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             worker=self._config.name,
             model=self._model,
         )
+
+    async def Converse(self, requests: object, context: Context) -> None:
+        await Conversation(self, self._message_bytes(context)).run(context)
 
     async def Drain(
         self, request: worker_pb2.DrainRequest, context: Context
@@ -267,6 +271,12 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         if prompt.ByteSize() > _LONG_TEXT:
             return await asyncio.to_thread(wire.prompt_ids, intake, prompt, field)
         return wire.prompt_ids(intake, prompt, field)
+
+    def _message_bytes(self, context: Context) -> int:
+        """What both sides can take in one message, less room for its envelope."""
+        own = self._config.max_message_mib * 2**20
+        theirs = dict(context.invocation_metadata() or ()).get(MESSAGE_BYTES)
+        return (min(own, int(theirs)) if theirs else own) - 1024
 
     def _check_open(self) -> None:
         if self._closed_reason is not None:
