@@ -1,7 +1,8 @@
 """GatewayService on the wire: messages in, messages out; what happens between is in dispatch.py."""
 
+import itertools
+import secrets
 import time
-import uuid
 from collections.abc import Awaitable
 from importlib.metadata import PackageNotFoundError, version
 from typing import TypeVar
@@ -14,6 +15,9 @@ from .router import ANY, Selector
 from .status import Context, Failure, abort
 
 SERVICE = gateway_pb2.DESCRIPTOR.services_by_name["GatewayService"].full_name
+
+_process = secrets.token_hex(6)
+_numbers = itertools.count(1)
 
 Answer = TypeVar("Answer")
 Enveloped = (
@@ -82,7 +86,7 @@ async def _open(envelope: Enveloped, context: Context) -> Ask:
     if not envelope.HasField("request"):
         await abort(context, InvalidRequest.of("request", "is missing"))
     if not envelope.request.request_id:
-        envelope.request.request_id = uuid.uuid4().hex
+        envelope.request.request_id = f"{_process}-{next(_numbers)}"
     selector = _selector(envelope.selector) if envelope.HasField("selector") else ANY
     return Ask(selector, context.time_remaining)
 

@@ -13,6 +13,7 @@ import uvloop
 from rich.markup import escape
 
 from ...worker.errors import Unavailable
+from ..affinity import keep_to_one_core
 from ..client import Client
 from ..config import FleetConfig
 from ..registry import Worker, WorkerState
@@ -43,6 +44,8 @@ def serve(
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     config = with_gateway(FleetConfig.load(fleet), host, port)
     cluster = join(config, address)
+    if config.gateway.one_core:
+        keep_to_one_core(config.gateway.port)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(config, cluster))
