@@ -24,7 +24,7 @@ from ..worker.errors import (
     Unavailable,
     Violation,
 )
-from .router import WorkerNotFound
+from .routing.router import WorkerNotFound
 
 DETAILS_KEY = "grpc-status-details-bin"
 ERROR_DOMAIN = "conclave.v1"

@@ -22,44 +22,41 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from conclave.protos import ensemble_pb2 as conclave_dot_protos_dot_ensemble__pb2
 from conclave.protos import generation_pb2 as conclave_dot_protos_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x63onclave/protos/gateway.proto\x12\x0b\x63onclave.v1\x1a conclave/protos/generation.proto\"\x96\x01\n\x0eWorkerSelector\x12\r\n\x05names\x18\x01 \x03(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x37\n\x06labels\x18\x03 \x03(\x0b\x32\'.conclave.v1.WorkerSelector.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"v\n\x16GatewayGenerateRequest\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.conclave.v1.GenerateRequest\x12-\n\x08selector\x18\x02 \x01(\x0b\x32\x1b.conclave.v1.WorkerSelector\"o\n\x0f\x43ompleteRequest\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.conclave.v1.GenerateRequest\x12-\n\x08selector\x18\x02 \x01(\x0b\x32\x1b.conclave.v1.WorkerSelector\"p\n\x13GatewayScoreRequest\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.conclave.v1.ScoreRequest\x12-\n\x08selector\x18\x02 \x01(\x0b\x32\x1b.conclave.v1.WorkerSelector\"\xcf\x02\n\nWorkerInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\'\n\x05state\x18\x02 \x01(\x0e\x32\x18.conclave.v1.WorkerState\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x33\n\x06labels\x18\x05 \x03(\x0b\x32#.conclave.v1.WorkerInfo.LabelsEntry\x12\x13\n\x0bincarnation\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x15\n\ropen_requests\x18\x08 \x01(\r\x12\x17\n\x0fserved_requests\x18\t \x01(\x04\x12\x10\n\x08restarts\x18\n \x01(\r\x12\x0e\n\x06reason\x18\x0b \x01(\t\x12\x0f\n\x07process\x18\x0c \x01(\r\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"C\n\x12ListWorkersRequest\x12-\n\x08selector\x18\x01 \x01(\x0b\x32\x1b.conclave.v1.WorkerSelector\"?\n\x13ListWorkersResponse\x12(\n\x07workers\x18\x01 \x03(\x0b\x32\x17.conclave.v1.WorkerInfo\"\x11\n\x0fGetFleetRequest\"\xc9\x01\n\x10GetFleetResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x18\n\x10\x63onclave_version\x18\x02 \x01(\t\x12\x17\n\x0f\x64\x65sired_workers\x18\x03 \x01(\r\x12\x17\n\x0fserving_workers\x18\x04 \x01(\r\x12\x0e\n\x06models\x18\x05 \x03(\t\x12\x10\n\x08requests\x18\x06 \x01(\x04\x12\x0f\n\x07retries\x18\x07 \x01(\x04\x12\x10\n\x08\x66\x61ilures\x18\x08 \x01(\x04\x12\x16\n\x0euptime_seconds\x18\t \x01(\x01*\x92\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_STATE_STARTING\x10\x01\x12\x18\n\x14WORKER_STATE_SERVING\x10\x02\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x03\x12\x15\n\x11WORKER_STATE_DOWN\x10\x04\x32\x8d\x03\n\x0eGatewayService\x12P\n\x08Generate\x12#.conclave.v1.GatewayGenerateRequest\x1a\x1d.conclave.v1.GenerateResponse0\x01\x12G\n\x08\x43omplete\x12\x1c.conclave.v1.CompleteRequest\x1a\x1d.conclave.v1.CompleteResponse\x12\x45\n\x05Score\x12 .conclave.v1.GatewayScoreRequest\x1a\x1a.conclave.v1.ScoreResponse\x12P\n\x0bListWorkers\x12\x1f.conclave.v1.ListWorkersRequest\x1a .conclave.v1.ListWorkersResponse\x12G\n\x08GetFleet\x12\x1c.conclave.v1.GetFleetRequest\x1a\x1d.conclave.v1.GetFleetResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x63onclave/protos/gateway.proto\x12\x0b\x63onclave.v1\x1a\x1e\x63onclave/protos/ensemble.proto\x1a conclave/protos/generation.proto\"_\n\x08Handling\x12\x15\n\x08priority\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x0f\n\x07session\x18\x02 \x01(\t\x12\x13\n\x06resume\x18\x03 \x01(\x08H\x01\x88\x01\x01\x42\x0b\n\t_priorityB\t\n\x07_resume\"\xf1\x01\n\x16GatewayGenerateRequest\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.conclave.v1.GenerateRequest\x12-\n\x08selector\x18\x02 \x01(\x0b\x32\x1b.conclave.v1.WorkerSelector\x12-\n\x08\x65nsemble\x18\x03 \x01(\x0b\x32\x19.conclave.v1.EnsembleSpecH\x00\x12\x10\n\x06preset\x18\x04 \x01(\tH\x00\x12\'\n\x08handling\x18\x05 \x01(\x0b\x32\x15.conclave.v1.HandlingB\x0f\n\rensemble_form\"\xea\x01\n\x0f\x43ompleteRequest\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.conclave.v1.GenerateRequest\x12-\n\x08selector\x18\x02 \x01(\x0b\x32\x1b.conclave.v1.WorkerSelector\x12-\n\x08\x65nsemble\x18\x03 \x01(\x0b\x32\x19.conclave.v1.EnsembleSpecH\x00\x12\x10\n\x06preset\x18\x04 \x01(\tH\x00\x12\'\n\x08handling\x18\x05 \x01(\x0b\x32\x15.conclave.v1.HandlingB\x0f\n\rensemble_form\"\x99\x01\n\x13GatewayScoreRequest\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.conclave.v1.ScoreRequest\x12-\n\x08selector\x18\x02 \x01(\x0b\x32\x1b.conclave.v1.WorkerSelector\x12\'\n\x08handling\x18\x03 \x01(\x0b\x32\x15.conclave.v1.Handling\"\x96\x03\n\nWorkerInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\'\n\x05state\x18\x02 \x01(\x0e\x32\x18.conclave.v1.WorkerState\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x33\n\x06labels\x18\x05 \x03(\x0b\x32#.conclave.v1.WorkerInfo.LabelsEntry\x12\x13\n\x0bincarnation\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x15\n\ropen_requests\x18\x08 \x01(\r\x12\x17\n\x0fserved_requests\x18\t \x01(\x04\x12\x10\n\x08restarts\x18\n \x01(\r\x12\x0e\n\x06reason\x18\x0b \x01(\t\x12\x0f\n\x07process\x18\x0c \x01(\r\x12\x1a\n\x12outstanding_tokens\x18\r \x01(\x04\x12\x19\n\x11tokens_per_second\x18\x0e \x01(\x01\x12\x0e\n\x06\x62roken\x18\x0f \x01(\x08\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"C\n\x12ListWorkersRequest\x12-\n\x08selector\x18\x01 \x01(\x0b\x32\x1b.conclave.v1.WorkerSelector\"?\n\x13ListWorkersResponse\x12(\n\x07workers\x18\x01 \x03(\x0b\x32\x17.conclave.v1.WorkerInfo\"\x11\n\x0fGetFleetRequest\"\xa8\x02\n\x10GetFleetResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x18\n\x10\x63onclave_version\x18\x02 \x01(\t\x12\x17\n\x0f\x64\x65sired_workers\x18\x03 \x01(\r\x12\x17\n\x0fserving_workers\x18\x04 \x01(\r\x12\x0e\n\x06models\x18\x05 \x03(\t\x12\x10\n\x08requests\x18\x06 \x01(\x04\x12\x0f\n\x07retries\x18\x07 \x01(\x04\x12\x10\n\x08\x66\x61ilures\x18\x08 \x01(\x04\x12\x16\n\x0euptime_seconds\x18\t \x01(\x01\x12\x0f\n\x07resumes\x18\n \x01(\x04\x12\x0e\n\x06hedges\x18\x0b \x01(\x04\x12\x12\n\nrejections\x18\x0c \x01(\x04\x12\x17\n\x0fqueued_requests\x18\r \x01(\r\x12\x0f\n\x07presets\x18\x0e \x03(\t*\x92\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_STATE_STARTING\x10\x01\x12\x18\n\x14WORKER_STATE_SERVING\x10\x02\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x03\x12\x15\n\x11WORKER_STATE_DOWN\x10\x04\x32\x8d\x03\n\x0eGatewayService\x12P\n\x08Generate\x12#.conclave.v1.GatewayGenerateRequest\x1a\x1d.conclave.v1.GenerateResponse0\x01\x12G\n\x08\x43omplete\x12\x1c.conclave.v1.CompleteRequest\x1a\x1d.conclave.v1.CompleteResponse\x12\x45\n\x05Score\x12 .conclave.v1.GatewayScoreRequest\x1a\x1a.conclave.v1.ScoreResponse\x12P\n\x0bListWorkers\x12\x1f.conclave.v1.ListWorkersRequest\x1a .conclave.v1.ListWorkersResponse\x12G\n\x08GetFleet\x12\x1c.conclave.v1.GetFleetRequest\x1a\x1d.conclave.v1.GetFleetResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'conclave.protos.gateway_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERSELECTOR_LABELSENTRY']._loaded_options = None
-  _globals['_WORKERSELECTOR_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_WORKERINFO_LABELSENTRY']._loaded_options = None
   _globals['_WORKERINFO_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_WORKERSTATE']._serialized_start=1276
-  _globals['_WORKERSTATE']._serialized_end=1422
-  _globals['_WORKERSELECTOR']._serialized_start=81
-  _globals['_WORKERSELECTOR']._serialized_end=231
-  _globals['_WORKERSELECTOR_LABELSENTRY']._serialized_start=186
-  _globals['_WORKERSELECTOR_LABELSENTRY']._serialized_end=231
-  _globals['_GATEWAYGENERATEREQUEST']._serialized_start=233
-  _globals['_GATEWAYGENERATEREQUEST']._serialized_end=351
-  _globals['_COMPLETEREQUEST']._serialized_start=353
-  _globals['_COMPLETEREQUEST']._serialized_end=464
-  _globals['_GATEWAYSCOREREQUEST']._serialized_start=466
-  _globals['_GATEWAYSCOREREQUEST']._serialized_end=578
-  _globals['_WORKERINFO']._serialized_start=581
-  _globals['_WORKERINFO']._serialized_end=916
-  _globals['_WORKERINFO_LABELSENTRY']._serialized_start=186
-  _globals['_WORKERINFO_LABELSENTRY']._serialized_end=231
-  _globals['_LISTWORKERSREQUEST']._serialized_start=918
-  _globals['_LISTWORKERSREQUEST']._serialized_end=985
-  _globals['_LISTWORKERSRESPONSE']._serialized_start=987
-  _globals['_LISTWORKERSRESPONSE']._serialized_end=1050
-  _globals['_GETFLEETREQUEST']._serialized_start=1052
-  _globals['_GETFLEETREQUEST']._serialized_end=1069
-  _globals['_GETFLEETRESPONSE']._serialized_start=1072
-  _globals['_GETFLEETRESPONSE']._serialized_end=1273
-  _globals['_GATEWAYSERVICE']._serialized_start=1425
-  _globals['_GATEWAYSERVICE']._serialized_end=1822
+  _globals['_WORKERSTATE']._serialized_start=1708
+  _globals['_WORKERSTATE']._serialized_end=1854
+  _globals['_HANDLING']._serialized_start=112
+  _globals['_HANDLING']._serialized_end=207
+  _globals['_GATEWAYGENERATEREQUEST']._serialized_start=210
+  _globals['_GATEWAYGENERATEREQUEST']._serialized_end=451
+  _globals['_COMPLETEREQUEST']._serialized_start=454
+  _globals['_COMPLETEREQUEST']._serialized_end=688
+  _globals['_GATEWAYSCOREREQUEST']._serialized_start=691
+  _globals['_GATEWAYSCOREREQUEST']._serialized_end=844
+  _globals['_WORKERINFO']._serialized_start=847
+  _globals['_WORKERINFO']._serialized_end=1253
+  _globals['_WORKERINFO_LABELSENTRY']._serialized_start=1208
+  _globals['_WORKERINFO_LABELSENTRY']._serialized_end=1253
+  _globals['_LISTWORKERSREQUEST']._serialized_start=1255
+  _globals['_LISTWORKERSREQUEST']._serialized_end=1322
+  _globals['_LISTWORKERSRESPONSE']._serialized_start=1324
+  _globals['_LISTWORKERSRESPONSE']._serialized_end=1387
+  _globals['_GETFLEETREQUEST']._serialized_start=1389
+  _globals['_GETFLEETREQUEST']._serialized_end=1406
+  _globals['_GETFLEETRESPONSE']._serialized_start=1409
+  _globals['_GETFLEETRESPONSE']._serialized_end=1705
+  _globals['_GATEWAYSERVICE']._serialized_start=1857
+  _globals['_GATEWAYSERVICE']._serialized_end=2254
 # @@protoc_insertion_point(module_scope)

@@ -1,3 +1,4 @@
+from conclave.protos import ensemble_pb2 as _ensemble_pb2
 from conclave.protos import generation_pb2 as _generation_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -21,49 +22,56 @@ WORKER_STATE_SERVING: WorkerState
 WORKER_STATE_DRAINING: WorkerState
 WORKER_STATE_DOWN: WorkerState
 
-class WorkerSelector(_message.Message):
-    __slots__ = ("names", "model", "labels")
-    class LabelsEntry(_message.Message):
-        __slots__ = ("key", "value")
-        KEY_FIELD_NUMBER: _ClassVar[int]
-        VALUE_FIELD_NUMBER: _ClassVar[int]
-        key: str
-        value: str
-        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
-    NAMES_FIELD_NUMBER: _ClassVar[int]
-    MODEL_FIELD_NUMBER: _ClassVar[int]
-    LABELS_FIELD_NUMBER: _ClassVar[int]
-    names: _containers.RepeatedScalarFieldContainer[str]
-    model: str
-    labels: _containers.ScalarMap[str, str]
-    def __init__(self, names: _Optional[_Iterable[str]] = ..., model: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
+class Handling(_message.Message):
+    __slots__ = ("priority", "session", "resume")
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FIELD_NUMBER: _ClassVar[int]
+    priority: int
+    session: str
+    resume: bool
+    def __init__(self, priority: _Optional[int] = ..., session: _Optional[str] = ..., resume: _Optional[bool] = ...) -> None: ...
 
 class GatewayGenerateRequest(_message.Message):
-    __slots__ = ("request", "selector")
+    __slots__ = ("request", "selector", "ensemble", "preset", "handling")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     SELECTOR_FIELD_NUMBER: _ClassVar[int]
+    ENSEMBLE_FIELD_NUMBER: _ClassVar[int]
+    PRESET_FIELD_NUMBER: _ClassVar[int]
+    HANDLING_FIELD_NUMBER: _ClassVar[int]
     request: _generation_pb2.GenerateRequest
-    selector: WorkerSelector
-    def __init__(self, request: _Optional[_Union[_generation_pb2.GenerateRequest, _Mapping]] = ..., selector: _Optional[_Union[WorkerSelector, _Mapping]] = ...) -> None: ...
+    selector: _ensemble_pb2.WorkerSelector
+    ensemble: _ensemble_pb2.EnsembleSpec
+    preset: str
+    handling: Handling
+    def __init__(self, request: _Optional[_Union[_generation_pb2.GenerateRequest, _Mapping]] = ..., selector: _Optional[_Union[_ensemble_pb2.WorkerSelector, _Mapping]] = ..., ensemble: _Optional[_Union[_ensemble_pb2.EnsembleSpec, _Mapping]] = ..., preset: _Optional[str] = ..., handling: _Optional[_Union[Handling, _Mapping]] = ...) -> None: ...
 
 class CompleteRequest(_message.Message):
-    __slots__ = ("request", "selector")
+    __slots__ = ("request", "selector", "ensemble", "preset", "handling")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     SELECTOR_FIELD_NUMBER: _ClassVar[int]
+    ENSEMBLE_FIELD_NUMBER: _ClassVar[int]
+    PRESET_FIELD_NUMBER: _ClassVar[int]
+    HANDLING_FIELD_NUMBER: _ClassVar[int]
     request: _generation_pb2.GenerateRequest
-    selector: WorkerSelector
-    def __init__(self, request: _Optional[_Union[_generation_pb2.GenerateRequest, _Mapping]] = ..., selector: _Optional[_Union[WorkerSelector, _Mapping]] = ...) -> None: ...
+    selector: _ensemble_pb2.WorkerSelector
+    ensemble: _ensemble_pb2.EnsembleSpec
+    preset: str
+    handling: Handling
+    def __init__(self, request: _Optional[_Union[_generation_pb2.GenerateRequest, _Mapping]] = ..., selector: _Optional[_Union[_ensemble_pb2.WorkerSelector, _Mapping]] = ..., ensemble: _Optional[_Union[_ensemble_pb2.EnsembleSpec, _Mapping]] = ..., preset: _Optional[str] = ..., handling: _Optional[_Union[Handling, _Mapping]] = ...) -> None: ...
 
 class GatewayScoreRequest(_message.Message):
-    __slots__ = ("request", "selector")
+    __slots__ = ("request", "selector", "handling")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     SELECTOR_FIELD_NUMBER: _ClassVar[int]
+    HANDLING_FIELD_NUMBER: _ClassVar[int]
     request: _generation_pb2.ScoreRequest
-    selector: WorkerSelector
-    def __init__(self, request: _Optional[_Union[_generation_pb2.ScoreRequest, _Mapping]] = ..., selector: _Optional[_Union[WorkerSelector, _Mapping]] = ...) -> None: ...
+    selector: _ensemble_pb2.WorkerSelector
+    handling: Handling
+    def __init__(self, request: _Optional[_Union[_generation_pb2.ScoreRequest, _Mapping]] = ..., selector: _Optional[_Union[_ensemble_pb2.WorkerSelector, _Mapping]] = ..., handling: _Optional[_Union[Handling, _Mapping]] = ...) -> None: ...
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("name", "state", "address", "model", "labels", "incarnation", "device", "open_requests", "served_requests", "restarts", "reason", "process")
+    __slots__ = ("name", "state", "address", "model", "labels", "incarnation", "device", "open_requests", "served_requests", "restarts", "reason", "process", "outstanding_tokens", "tokens_per_second", "broken")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -83,6 +91,9 @@ class WorkerInfo(_message.Message):
     RESTARTS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     PROCESS_FIELD_NUMBER: _ClassVar[int]
+    OUTSTANDING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    BROKEN_FIELD_NUMBER: _ClassVar[int]
     name: str
     state: WorkerState
     address: str
@@ -95,13 +106,16 @@ class WorkerInfo(_message.Message):
     restarts: int
     reason: str
     process: int
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[WorkerState, str]] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., incarnation: _Optional[str] = ..., device: _Optional[str] = ..., open_requests: _Optional[int] = ..., served_requests: _Optional[int] = ..., restarts: _Optional[int] = ..., reason: _Optional[str] = ..., process: _Optional[int] = ...) -> None: ...
+    outstanding_tokens: int
+    tokens_per_second: float
+    broken: bool
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[WorkerState, str]] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., incarnation: _Optional[str] = ..., device: _Optional[str] = ..., open_requests: _Optional[int] = ..., served_requests: _Optional[int] = ..., restarts: _Optional[int] = ..., reason: _Optional[str] = ..., process: _Optional[int] = ..., outstanding_tokens: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., broken: _Optional[bool] = ...) -> None: ...
 
 class ListWorkersRequest(_message.Message):
     __slots__ = ("selector",)
     SELECTOR_FIELD_NUMBER: _ClassVar[int]
-    selector: WorkerSelector
-    def __init__(self, selector: _Optional[_Union[WorkerSelector, _Mapping]] = ...) -> None: ...
+    selector: _ensemble_pb2.WorkerSelector
+    def __init__(self, selector: _Optional[_Union[_ensemble_pb2.WorkerSelector, _Mapping]] = ...) -> None: ...
 
 class ListWorkersResponse(_message.Message):
     __slots__ = ("workers",)
@@ -114,7 +128,7 @@ class GetFleetRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetFleetResponse(_message.Message):
-    __slots__ = ("name", "conclave_version", "desired_workers", "serving_workers", "models", "requests", "retries", "failures", "uptime_seconds")
+    __slots__ = ("name", "conclave_version", "desired_workers", "serving_workers", "models", "requests", "retries", "failures", "uptime_seconds", "resumes", "hedges", "rejections", "queued_requests", "presets")
     NAME_FIELD_NUMBER: _ClassVar[int]
     CONCLAVE_VERSION_FIELD_NUMBER: _ClassVar[int]
     DESIRED_WORKERS_FIELD_NUMBER: _ClassVar[int]
@@ -124,6 +138,11 @@ class GetFleetResponse(_message.Message):
     RETRIES_FIELD_NUMBER: _ClassVar[int]
     FAILURES_FIELD_NUMBER: _ClassVar[int]
     UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    RESUMES_FIELD_NUMBER: _ClassVar[int]
+    HEDGES_FIELD_NUMBER: _ClassVar[int]
+    REJECTIONS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    PRESETS_FIELD_NUMBER: _ClassVar[int]
     name: str
     conclave_version: str
     desired_workers: int
@@ -133,4 +152,9 @@ class GetFleetResponse(_message.Message):
     retries: int
     failures: int
     uptime_seconds: float
-    def __init__(self, name: _Optional[str] = ..., conclave_version: _Optional[str] = ..., desired_workers: _Optional[int] = ..., serving_workers: _Optional[int] = ..., models: _Optional[_Iterable[str]] = ..., requests: _Optional[int] = ..., retries: _Optional[int] = ..., failures: _Optional[int] = ..., uptime_seconds: _Optional[float] = ...) -> None: ...
+    resumes: int
+    hedges: int
+    rejections: int
+    queued_requests: int
+    presets: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., conclave_version: _Optional[str] = ..., desired_workers: _Optional[int] = ..., serving_workers: _Optional[int] = ..., models: _Optional[_Iterable[str]] = ..., requests: _Optional[int] = ..., retries: _Optional[int] = ..., failures: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., resumes: _Optional[int] = ..., hedges: _Optional[int] = ..., rejections: _Optional[int] = ..., queued_requests: _Optional[int] = ..., presets: _Optional[_Iterable[str]] = ...) -> None: ...

@@ -22,9 +22,10 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from conclave.protos import ensemble_pb2 as conclave_dot_protos_dot_ensemble__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n conclave/protos/generation.proto\x12\x0b\x63onclave.v1\"p\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x15.conclave.v1.TokenIdsH\x00\x12!\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x11.conclave.v1.ChatH\x00\x42\x07\n\x05input\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xa8\x01\n\x04\x43hat\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.conclave.v1.ChatMessage\x12\x15\n\x08thinking\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x12\n\ntools_json\x18\x03 \x03(\t\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\x0b\n\t_thinkingB\x18\n\x16_add_generation_prompt\"z\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x1c\n\x0ftool_calls_json\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x11\n\x04name\x18\x04 \x01(\tH\x01\x88\x01\x01\x42\x12\n\x10_tool_calls_jsonB\x07\n\x05_name\"\xb4\x06\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12>\n\nlogit_bias\x18\x08 \x03(\x0b\x32*.conclave.v1.SamplingParams.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x04H\x07\x88\x01\x01\x12\x0e\n\x01n\x18\n \x01(\rH\x08\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x0b \x01(\rH\t\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x0c \x01(\rH\n\x88\x01\x01\x12\x0c\n\x04stop\x18\r \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0e \x03(\r\x12\x17\n\nignore_eos\x18\x0f \x01(\x08H\x0b\x88\x01\x01\x12\x19\n\x0cinclude_stop\x18\x10 \x01(\x08H\x0c\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x11 \x01(\x08H\r\x88\x01\x01\x12\x15\n\x08logprobs\x18\x12 \x01(\rH\x0e\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x13 \x01(\rH\x0f\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x04\n\x02_nB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x0f\n\r_include_stopB\x16\n\x14_skip_special_tokensB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\x88\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12#\n\x06prompt\x18\x02 \x01(\x0b\x32\x13.conclave.v1.Prompt\x12-\n\x08sampling\x18\x03 \x01(\x0b\x32\x1b.conclave.v1.SamplingParams\x12\r\n\x05whole\x18\x04 \x01(\x08\"\x8b\x01\n\x05Token\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x14\n\x07logprob\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\x11\n\x04rank\x18\x04 \x01(\rH\x01\x88\x01\x01\x12*\n\ncandidates\x18\x05 \x03(\x0b\x32\x16.conclave.v1.CandidateB\n\n\x08_logprobB\x07\n\x05_rank\"6\n\tCandidate\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\"\xa6\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12#\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x12.conclave.v1.DeltaH\x00\x12)\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x15.conclave.v1.FinishedH\x00\x12%\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x13.conclave.v1.FailedH\x00\x42\x07\n\x05\x65vent\"l\n\x05\x44\x65lta\x12\x14\n\x0coutput_index\x18\x01 \x01(\r\x12\"\n\x06tokens\x18\x02 \x03(\x0b\x32\x12.conclave.v1.Token\x12)\n\rprompt_tokens\x18\x03 \x03(\x0b\x32\x12.conclave.v1.Token\"\x9c\x01\n\x08\x46inished\x12\'\n\x07outputs\x18\x01 \x03(\x0b\x32\x16.conclave.v1.OutputEnd\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.conclave.v1.Usage\x12%\n\x07timings\x18\x03 \x01(\x0b\x32\x14.conclave.v1.Timings\x12\x0e\n\x06worker\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\"\xa0\x01\n\tOutputEnd\x12\x14\n\x0coutput_index\x18\x01 \x01(\r\x12)\n\x06reason\x18\x02 \x01(\x0e\x32\x19.conclave.v1.FinishReason\x12\x17\n\rstop_token_id\x18\x03 \x01(\rH\x00\x12\x13\n\tstop_text\x18\x04 \x01(\tH\x00\x12\x19\n\x11\x63ompletion_tokens\x18\x05 \x01(\rB\t\n\x07matched\"e\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12\x13\n\x0bpreemptions\x18\x04 \x01(\r\"=\n\x07Timings\x12\x0e\n\x06queued\x18\x01 \x01(\x01\x12\x13\n\x0b\x66irst_token\x18\x02 \x01(\x01\x12\r\n\x05total\x18\x03 \x01(\x01\"+\n\x06\x46\x61iled\x12!\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x12.conclave.v1.Error\"s\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tretryable\x18\x03 \x01(\x08\x12 \n\x13retry_after_seconds\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x16\n\x14_retry_after_seconds\"\xe0\x01\n\x10\x43ompleteResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12$\n\x07outputs\x18\x02 \x03(\x0b\x32\x13.conclave.v1.Output\x12!\n\x05usage\x18\x03 \x01(\x0b\x32\x12.conclave.v1.Usage\x12%\n\x07timings\x18\x04 \x01(\x0b\x32\x14.conclave.v1.Timings\x12\x0e\n\x06worker\x18\x05 \x01(\t\x12\r\n\x05model\x18\x06 \x01(\t\x12)\n\rprompt_tokens\x18\x07 \x03(\x0b\x32\x12.conclave.v1.Token\"_\n\x06Output\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\"\n\x06tokens\x18\x02 \x03(\x0b\x32\x12.conclave.v1.Token\x12#\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x16.conclave.v1.OutputEnd\"\x9e\x01\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12$\n\x07\x63ontext\x18\x02 \x01(\x0b\x32\x13.conclave.v1.Prompt\x12\x30\n\rcontinuations\x18\x03 \x03(\x0b\x32\x19.conclave.v1.Continuation\x12\x15\n\x08logprobs\x18\x04 \x01(\rH\x00\x88\x01\x01\x42\x0b\n\t_logprobs\"S\n\x0c\x43ontinuation\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x15.conclave.v1.TokenIdsH\x00\x42\x07\n\x05input\"f\n\rScoreResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\"\n\x06scores\x18\x02 \x03(\x0b\x32\x12.conclave.v1.Score\x12\x0e\n\x06worker\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\"S\n\x05Score\x12\x0f\n\x07logprob\x18\x01 \x01(\x01\x12\x15\n\rscored_tokens\x18\x02 \x01(\r\x12\"\n\x06tokens\x18\x03 \x03(\x0b\x32\x12.conclave.v1.Token*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n conclave/protos/generation.proto\x12\x0b\x63onclave.v1\x1a\x1e\x63onclave/protos/ensemble.proto\"p\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x15.conclave.v1.TokenIdsH\x00\x12!\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x11.conclave.v1.ChatH\x00\x42\x07\n\x05input\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xa8\x01\n\x04\x43hat\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.conclave.v1.ChatMessage\x12\x15\n\x08thinking\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x12\n\ntools_json\x18\x03 \x03(\t\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\x0b\n\t_thinkingB\x18\n\x16_add_generation_prompt\"z\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x1c\n\x0ftool_calls_json\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x11\n\x04name\x18\x04 \x01(\tH\x01\x88\x01\x01\x42\x12\n\x10_tool_calls_jsonB\x07\n\x05_name\"\xb4\x06\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12>\n\nlogit_bias\x18\x08 \x03(\x0b\x32*.conclave.v1.SamplingParams.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x04H\x07\x88\x01\x01\x12\x0e\n\x01n\x18\n \x01(\rH\x08\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x0b \x01(\rH\t\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x0c \x01(\rH\n\x88\x01\x01\x12\x0c\n\x04stop\x18\r \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0e \x03(\r\x12\x17\n\nignore_eos\x18\x0f \x01(\x08H\x0b\x88\x01\x01\x12\x19\n\x0cinclude_stop\x18\x10 \x01(\x08H\x0c\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x11 \x01(\x08H\r\x88\x01\x01\x12\x15\n\x08logprobs\x18\x12 \x01(\rH\x0e\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x13 \x01(\rH\x0f\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x04\n\x02_nB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x0f\n\r_include_stopB\x16\n\x14_skip_special_tokensB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\xa9\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12#\n\x06prompt\x18\x02 \x01(\x0b\x32\x13.conclave.v1.Prompt\x12-\n\x08sampling\x18\x03 \x01(\x0b\x32\x1b.conclave.v1.SamplingParams\x12\r\n\x05whole\x18\x04 \x01(\x08\x12\x1f\n\x04made\x18\x05 \x03(\x0b\x32\x11.conclave.v1.Made\"\"\n\x04Made\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\r\n\x05\x65nded\x18\x02 \x01(\x08\"\xb2\x01\n\x05Token\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x14\n\x07logprob\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\x11\n\x04rank\x18\x04 \x01(\rH\x01\x88\x01\x01\x12*\n\ncandidates\x18\x05 \x03(\x0b\x32\x16.conclave.v1.Candidate\x12%\n\x05votes\x18\x06 \x03(\x0b\x32\x16.conclave.v1.TokenVoteB\n\n\x08_logprobB\x07\n\x05_rank\"6\n\tCandidate\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\"\xd3\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12#\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x12.conclave.v1.DeltaH\x00\x12)\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x15.conclave.v1.FinishedH\x00\x12%\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x13.conclave.v1.FailedH\x00\x12+\n\x06member\x18\x05 \x01(\x0b\x32\x19.conclave.v1.MemberReportH\x00\x42\x07\n\x05\x65vent\"l\n\x05\x44\x65lta\x12\x14\n\x0coutput_index\x18\x01 \x01(\r\x12\"\n\x06tokens\x18\x02 \x03(\x0b\x32\x12.conclave.v1.Token\x12)\n\rprompt_tokens\x18\x03 \x03(\x0b\x32\x12.conclave.v1.Token\"\xdc\x01\n\x08\x46inished\x12\'\n\x07outputs\x18\x01 \x03(\x0b\x32\x16.conclave.v1.OutputEnd\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.conclave.v1.Usage\x12%\n\x07timings\x18\x03 \x01(\x0b\x32\x14.conclave.v1.Timings\x12\x0e\n\x06worker\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12-\n\x08\x65nsemble\x18\x06 \x01(\x0b\x32\x1b.conclave.v1.EnsembleReport\x12\x0f\n\x07resumes\x18\x07 \x01(\r\"\xa0\x01\n\tOutputEnd\x12\x14\n\x0coutput_index\x18\x01 \x01(\r\x12)\n\x06reason\x18\x02 \x01(\x0e\x32\x19.conclave.v1.FinishReason\x12\x17\n\rstop_token_id\x18\x03 \x01(\rH\x00\x12\x13\n\tstop_text\x18\x04 \x01(\tH\x00\x12\x19\n\x11\x63ompletion_tokens\x18\x05 \x01(\rB\t\n\x07matched\"e\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12\x13\n\x0bpreemptions\x18\x04 \x01(\r\"=\n\x07Timings\x12\x0e\n\x06queued\x18\x01 \x01(\x01\x12\x13\n\x0b\x66irst_token\x18\x02 \x01(\x01\x12\r\n\x05total\x18\x03 \x01(\x01\"+\n\x06\x46\x61iled\x12!\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x12.conclave.v1.Error\"s\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tretryable\x18\x03 \x01(\x08\x12 \n\x13retry_after_seconds\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x16\n\x14_retry_after_seconds\"\xa0\x02\n\x10\x43ompleteResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12$\n\x07outputs\x18\x02 \x03(\x0b\x32\x13.conclave.v1.Output\x12!\n\x05usage\x18\x03 \x01(\x0b\x32\x12.conclave.v1.Usage\x12%\n\x07timings\x18\x04 \x01(\x0b\x32\x14.conclave.v1.Timings\x12\x0e\n\x06worker\x18\x05 \x01(\t\x12\r\n\x05model\x18\x06 \x01(\t\x12)\n\rprompt_tokens\x18\x07 \x03(\x0b\x32\x12.conclave.v1.Token\x12-\n\x08\x65nsemble\x18\x08 \x01(\x0b\x32\x1b.conclave.v1.EnsembleReport\x12\x0f\n\x07resumes\x18\t \x01(\r\"_\n\x06Output\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\"\n\x06tokens\x18\x02 \x03(\x0b\x32\x12.conclave.v1.Token\x12#\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x16.conclave.v1.OutputEnd\"\x9e\x01\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12$\n\x07\x63ontext\x18\x02 \x01(\x0b\x32\x13.conclave.v1.Prompt\x12\x30\n\rcontinuations\x18\x03 \x03(\x0b\x32\x19.conclave.v1.Continuation\x12\x15\n\x08logprobs\x18\x04 \x01(\rH\x00\x88\x01\x01\x42\x0b\n\t_logprobs\"S\n\x0c\x43ontinuation\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x15.conclave.v1.TokenIdsH\x00\x42\x07\n\x05input\"\x89\x01\n\rScoreResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\"\n\x06scores\x18\x02 \x03(\x0b\x32\x12.conclave.v1.Score\x12\x0e\n\x06worker\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12!\n\x05usage\x18\x05 \x01(\x0b\x32\x12.conclave.v1.Usage\"S\n\x05Score\x12\x0f\n\x07logprob\x18\x01 \x01(\x01\x12\x15\n\rscored_tokens\x18\x02 \x01(\r\x12\"\n\x06tokens\x18\x03 \x03(\x0b\x32\x12.conclave.v1.Token*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,52 +34,54 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=3331
-  _globals['_FINISHREASON']._serialized_end=3426
-  _globals['_PROMPT']._serialized_start=49
-  _globals['_PROMPT']._serialized_end=161
-  _globals['_TOKENIDS']._serialized_start=163
-  _globals['_TOKENIDS']._serialized_end=186
-  _globals['_CHAT']._serialized_start=189
-  _globals['_CHAT']._serialized_end=357
-  _globals['_CHATMESSAGE']._serialized_start=359
-  _globals['_CHATMESSAGE']._serialized_end=481
-  _globals['_SAMPLINGPARAMS']._serialized_start=484
-  _globals['_SAMPLINGPARAMS']._serialized_end=1304
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1010
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1058
-  _globals['_GENERATEREQUEST']._serialized_start=1307
-  _globals['_GENERATEREQUEST']._serialized_end=1443
-  _globals['_TOKEN']._serialized_start=1446
-  _globals['_TOKEN']._serialized_end=1585
-  _globals['_CANDIDATE']._serialized_start=1587
-  _globals['_CANDIDATE']._serialized_end=1641
-  _globals['_GENERATERESPONSE']._serialized_start=1644
-  _globals['_GENERATERESPONSE']._serialized_end=1810
-  _globals['_DELTA']._serialized_start=1812
-  _globals['_DELTA']._serialized_end=1920
-  _globals['_FINISHED']._serialized_start=1923
-  _globals['_FINISHED']._serialized_end=2079
-  _globals['_OUTPUTEND']._serialized_start=2082
-  _globals['_OUTPUTEND']._serialized_end=2242
-  _globals['_USAGE']._serialized_start=2244
-  _globals['_USAGE']._serialized_end=2345
-  _globals['_TIMINGS']._serialized_start=2347
-  _globals['_TIMINGS']._serialized_end=2408
-  _globals['_FAILED']._serialized_start=2410
-  _globals['_FAILED']._serialized_end=2453
-  _globals['_ERROR']._serialized_start=2455
-  _globals['_ERROR']._serialized_end=2570
-  _globals['_COMPLETERESPONSE']._serialized_start=2573
-  _globals['_COMPLETERESPONSE']._serialized_end=2797
-  _globals['_OUTPUT']._serialized_start=2799
-  _globals['_OUTPUT']._serialized_end=2894
-  _globals['_SCOREREQUEST']._serialized_start=2897
-  _globals['_SCOREREQUEST']._serialized_end=3055
-  _globals['_CONTINUATION']._serialized_start=3057
-  _globals['_CONTINUATION']._serialized_end=3140
-  _globals['_SCORERESPONSE']._serialized_start=3142
-  _globals['_SCORERESPONSE']._serialized_end=3244
-  _globals['_SCORE']._serialized_start=3246
-  _globals['_SCORE']._serialized_end=3329
+  _globals['_FINISHREASON']._serialized_start=3680
+  _globals['_FINISHREASON']._serialized_end=3775
+  _globals['_PROMPT']._serialized_start=81
+  _globals['_PROMPT']._serialized_end=193
+  _globals['_TOKENIDS']._serialized_start=195
+  _globals['_TOKENIDS']._serialized_end=218
+  _globals['_CHAT']._serialized_start=221
+  _globals['_CHAT']._serialized_end=389
+  _globals['_CHATMESSAGE']._serialized_start=391
+  _globals['_CHATMESSAGE']._serialized_end=513
+  _globals['_SAMPLINGPARAMS']._serialized_start=516
+  _globals['_SAMPLINGPARAMS']._serialized_end=1336
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1042
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1090
+  _globals['_GENERATEREQUEST']._serialized_start=1339
+  _globals['_GENERATEREQUEST']._serialized_end=1508
+  _globals['_MADE']._serialized_start=1510
+  _globals['_MADE']._serialized_end=1544
+  _globals['_TOKEN']._serialized_start=1547
+  _globals['_TOKEN']._serialized_end=1725
+  _globals['_CANDIDATE']._serialized_start=1727
+  _globals['_CANDIDATE']._serialized_end=1781
+  _globals['_GENERATERESPONSE']._serialized_start=1784
+  _globals['_GENERATERESPONSE']._serialized_end=1995
+  _globals['_DELTA']._serialized_start=1997
+  _globals['_DELTA']._serialized_end=2105
+  _globals['_FINISHED']._serialized_start=2108
+  _globals['_FINISHED']._serialized_end=2328
+  _globals['_OUTPUTEND']._serialized_start=2331
+  _globals['_OUTPUTEND']._serialized_end=2491
+  _globals['_USAGE']._serialized_start=2493
+  _globals['_USAGE']._serialized_end=2594
+  _globals['_TIMINGS']._serialized_start=2596
+  _globals['_TIMINGS']._serialized_end=2657
+  _globals['_FAILED']._serialized_start=2659
+  _globals['_FAILED']._serialized_end=2702
+  _globals['_ERROR']._serialized_start=2704
+  _globals['_ERROR']._serialized_end=2819
+  _globals['_COMPLETERESPONSE']._serialized_start=2822
+  _globals['_COMPLETERESPONSE']._serialized_end=3110
+  _globals['_OUTPUT']._serialized_start=3112
+  _globals['_OUTPUT']._serialized_end=3207
+  _globals['_SCOREREQUEST']._serialized_start=3210
+  _globals['_SCOREREQUEST']._serialized_end=3368
+  _globals['_CONTINUATION']._serialized_start=3370
+  _globals['_CONTINUATION']._serialized_end=3453
+  _globals['_SCORERESPONSE']._serialized_start=3456
+  _globals['_SCORERESPONSE']._serialized_end=3593
+  _globals['_SCORE']._serialized_start=3595
+  _globals['_SCORE']._serialized_end=3678
 # @@protoc_insertion_point(module_scope)

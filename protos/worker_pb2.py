@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from conclave.protos import generation_pb2 as conclave_dot_protos_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x63onclave/protos/worker.proto\x12\x0b\x63onclave.v1\x1a conclave/protos/generation.proto\"\x94\x02\n\x0f\x43onverseRequest\x12\x0b\n\x03\x61sk\x18\x01 \x01(\x04\x12\x30\n\x08generate\x18\x02 \x01(\x0b\x32\x1c.conclave.v1.GenerateRequestH\x00\x12\x30\n\x08\x63omplete\x18\x03 \x01(\x0b\x32\x1c.conclave.v1.GenerateRequestH\x00\x12*\n\x05score\x18\x04 \x01(\x0b\x32\x19.conclave.v1.ScoreRequestH\x00\x12(\n\x06\x63\x61ncel\x18\x05 \x01(\x0b\x32\x16.conclave.v1.CancelAskH\x00\x12\x1c\n\x0ftimeout_seconds\x18\x06 \x01(\x01H\x01\x88\x01\x01\x42\x08\n\x06\x61\x63tionB\x12\n\x10_timeout_seconds\"\x0b\n\tCancelAsk\"7\n\x10\x43onverseResponse\x12#\n\x07replies\x18\x01 \x03(\x0b\x32\x12.conclave.v1.Reply\"\xd2\x01\n\x05Reply\x12\x0b\n\x03\x61sk\x18\x01 \x01(\x04\x12.\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x1d.conclave.v1.GenerateResponseH\x00\x12\x33\n\ncompletion\x18\x03 \x01(\x0b\x32\x1d.conclave.v1.CompleteResponseH\x00\x12,\n\x06scores\x18\x04 \x01(\x0b\x32\x1a.conclave.v1.ScoreResponseH\x00\x12\x10\n\x06status\x18\x05 \x01(\x0cH\x00\x12\x0c\n\x04last\x18\x06 \x01(\x08\x42\t\n\x07\x63ontent\"\x11\n\x0f\x44\x65scribeRequest\"\xbd\x03\n\x10\x44\x65scribeResponse\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x39\n\x06labels\x18\x03 \x03(\x0b\x32).conclave.v1.DescribeResponse.LabelsEntry\x12\x13\n\x0bincarnation\x18\x04 \x01(\t\x12\x18\n\x10\x63onclave_version\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\x12\n\nparameters\x18\x08 \x01(\x04\x12\x12\n\nvocab_size\x18\t \x01(\r\x12\x13\n\x0bmax_context\x18\n \x01(\r\x12\x15\n\rmax_sequences\x18\x0b \x01(\r\x12\x14\n\x0cmax_logprobs\x18\x0c \x01(\r\x12\x13\n\x0bmax_outputs\x18\r \x01(\r\x12\x19\n\x11model_fingerprint\x18\x0e \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x0f \x01(\t\x12\x19\n\x11has_chat_template\x18\x10 \x01(\x08\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"<\n\x0c\x44rainRequest\x12\x1a\n\rgrace_seconds\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_grace_seconds\"3\n\rDrainResponse\x12\x11\n\tcompleted\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x62orted\x18\x02 \x01(\r\"\x10\n\x0eGetLoadRequest\"\xa4\x02\n\x0fGetLoadResponse\x12\x19\n\x11running_sequences\x18\x01 \x01(\r\x12\x19\n\x11waiting_sequences\x18\x02 \x01(\r\x12\x1a\n\x12outstanding_tokens\x18\x03 \x01(\x04\x12%\n\x05pools\x18\x04 \x03(\x0b\x32\x16.conclave.v1.BlockPool\x12\x15\n\rprompt_tokens\x18\x05 \x01(\x04\x12\x15\n\rcached_tokens\x18\x06 \x01(\x04\x12\x19\n\x11\x63ompletion_tokens\x18\x07 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x08 \x01(\x04\x12\r\n\x05steps\x18\t \x01(\x04\x12\x19\n\x11tokens_per_second\x18\n \x01(\x01\x12\x10\n\x08\x64raining\x18\x0b \x01(\x08\"I\n\tBlockPool\x12\x0e\n\x06window\x18\x01 \x01(\r\x12\x0e\n\x06\x62locks\x18\x02 \x01(\r\x12\x0c\n\x04used\x18\x03 \x01(\r\x12\x0e\n\x06\x63\x61\x63hed\x18\x04 \x01(\r2\xff\x03\n\rWorkerService\x12G\n\x08\x44\x65scribe\x12\x1c.conclave.v1.DescribeRequest\x1a\x1d.conclave.v1.DescribeResponse\x12I\n\x08Generate\x12\x1c.conclave.v1.GenerateRequest\x1a\x1d.conclave.v1.GenerateResponse0\x01\x12G\n\x08\x43omplete\x12\x1c.conclave.v1.GenerateRequest\x1a\x1d.conclave.v1.CompleteResponse\x12>\n\x05Score\x12\x19.conclave.v1.ScoreRequest\x1a\x1a.conclave.v1.ScoreResponse\x12>\n\x05\x44rain\x12\x19.conclave.v1.DrainRequest\x1a\x1a.conclave.v1.DrainResponse\x12K\n\x08\x43onverse\x12\x1c.conclave.v1.ConverseRequest\x1a\x1d.conclave.v1.ConverseResponse(\x01\x30\x01\x12\x44\n\x07GetLoad\x12\x1b.conclave.v1.GetLoadRequest\x1a\x1c.conclave.v1.GetLoadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x63onclave/protos/worker.proto\x12\x0b\x63onclave.v1\x1a conclave/protos/generation.proto\"e\n\x0bStepRequest\x12%\n\x04open\x18\x01 \x01(\x0b\x32\x15.conclave.v1.StepOpenH\x00\x12%\n\x04take\x18\x02 \x01(\x0b\x32\x15.conclave.v1.StepTakeH\x00\x42\x08\n\x06\x61\x63tion\"_\n\x08StepOpen\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.conclave.v1.GenerateRequest\x12\x12\n\ncandidates\x18\x02 \x01(\r\x12\x10\n\x08generate\x18\x03 \x01(\r\")\n\x08StepTake\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x10\n\x08generate\x18\x02 \x01(\r\"\xc1\x01\n\x0cStepResponse\x12\x10\n\x08position\x18\x01 \x01(\r\x12\"\n\x06tokens\x18\x02 \x03(\x0b\x32\x12.conclave.v1.Token\x12#\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x16.conclave.v1.OutputEnd\x12\x0b\n\x03ids\x18\x04 \x03(\r\x12\x10\n\x08logprobs\x18\x05 \x03(\x02\x12,\n\x06opened\x18\x06 \x01(\x0b\x32\x17.conclave.v1.StepOpenedH\x00\x88\x01\x01\x42\t\n\x07_opened\"\xe2\x01\n\nStepOpened\x12\x12\n\nprompt_ids\x18\x01 \x03(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12-\n\x08sampling\x18\x04 \x01(\x0b\x32\x1b.conclave.v1.SamplingParams\x12\x16\n\x0esuppressed_ids\x18\x05 \x03(\r\x12\x10\n\x08stop_ids\x18\x06 \x03(\r\x12\x0e\n\x06worker\x18\x07 \x01(\t\x12\r\n\x05model\x18\x08 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\t \x01(\t\"F\n\x10WatchLoadRequest\x12\x1d\n\x10interval_seconds\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\x13\n\x11_interval_seconds\"\x94\x02\n\x0f\x43onverseRequest\x12\x0b\n\x03\x61sk\x18\x01 \x01(\x04\x12\x30\n\x08generate\x18\x02 \x01(\x0b\x32\x1c.conclave.v1.GenerateRequestH\x00\x12\x30\n\x08\x63omplete\x18\x03 \x01(\x0b\x32\x1c.conclave.v1.GenerateRequestH\x00\x12*\n\x05score\x18\x04 \x01(\x0b\x32\x19.conclave.v1.ScoreRequestH\x00\x12(\n\x06\x63\x61ncel\x18\x05 \x01(\x0b\x32\x16.conclave.v1.CancelAskH\x00\x12\x1c\n\x0ftimeout_seconds\x18\x06 \x01(\x01H\x01\x88\x01\x01\x42\x08\n\x06\x61\x63tionB\x12\n\x10_timeout_seconds\"\x0b\n\tCancelAsk\"7\n\x10\x43onverseResponse\x12#\n\x07replies\x18\x01 \x03(\x0b\x32\x12.conclave.v1.Reply\"\xd2\x01\n\x05Reply\x12\x0b\n\x03\x61sk\x18\x01 \x01(\x04\x12.\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x1d.conclave.v1.GenerateResponseH\x00\x12\x33\n\ncompletion\x18\x03 \x01(\x0b\x32\x1d.conclave.v1.CompleteResponseH\x00\x12,\n\x06scores\x18\x04 \x01(\x0b\x32\x1a.conclave.v1.ScoreResponseH\x00\x12\x10\n\x06status\x18\x05 \x01(\x0cH\x00\x12\x0c\n\x04last\x18\x06 \x01(\x08\x42\t\n\x07\x63ontent\"\x11\n\x0f\x44\x65scribeRequest\"\xbd\x03\n\x10\x44\x65scribeResponse\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x39\n\x06labels\x18\x03 \x03(\x0b\x32).conclave.v1.DescribeResponse.LabelsEntry\x12\x13\n\x0bincarnation\x18\x04 \x01(\t\x12\x18\n\x10\x63onclave_version\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\x12\n\nparameters\x18\x08 \x01(\x04\x12\x12\n\nvocab_size\x18\t \x01(\r\x12\x13\n\x0bmax_context\x18\n \x01(\r\x12\x15\n\rmax_sequences\x18\x0b \x01(\r\x12\x14\n\x0cmax_logprobs\x18\x0c \x01(\r\x12\x13\n\x0bmax_outputs\x18\r \x01(\r\x12\x19\n\x11model_fingerprint\x18\x0e \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x0f \x01(\t\x12\x19\n\x11has_chat_template\x18\x10 \x01(\x08\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"<\n\x0c\x44rainRequest\x12\x1a\n\rgrace_seconds\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_grace_seconds\"3\n\rDrainResponse\x12\x11\n\tcompleted\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x62orted\x18\x02 \x01(\r\"\x10\n\x0eGetLoadRequest\"\xbe\x02\n\x0fGetLoadResponse\x12\x19\n\x11running_sequences\x18\x01 \x01(\r\x12\x19\n\x11waiting_sequences\x18\x02 \x01(\r\x12\x1a\n\x12outstanding_tokens\x18\x03 \x01(\x04\x12%\n\x05pools\x18\x04 \x03(\x0b\x32\x16.conclave.v1.BlockPool\x12\x15\n\rprompt_tokens\x18\x05 \x01(\x04\x12\x15\n\rcached_tokens\x18\x06 \x01(\x04\x12\x19\n\x11\x63ompletion_tokens\x18\x07 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x08 \x01(\x04\x12\r\n\x05steps\x18\t \x01(\x04\x12\x19\n\x11tokens_per_second\x18\n \x01(\x01\x12\x10\n\x08\x64raining\x18\x0b \x01(\x08\x12\x18\n\x10step_age_seconds\x18\x0c \x01(\x01\"I\n\tBlockPool\x12\x0e\n\x06window\x18\x01 \x01(\r\x12\x0e\n\x06\x62locks\x18\x02 \x01(\r\x12\x0c\n\x04used\x18\x03 \x01(\r\x12\x0e\n\x06\x63\x61\x63hed\x18\x04 \x01(\r2\x8c\x05\n\rWorkerService\x12G\n\x08\x44\x65scribe\x12\x1c.conclave.v1.DescribeRequest\x1a\x1d.conclave.v1.DescribeResponse\x12I\n\x08Generate\x12\x1c.conclave.v1.GenerateRequest\x1a\x1d.conclave.v1.GenerateResponse0\x01\x12G\n\x08\x43omplete\x12\x1c.conclave.v1.GenerateRequest\x1a\x1d.conclave.v1.CompleteResponse\x12>\n\x05Score\x12\x19.conclave.v1.ScoreRequest\x1a\x1a.conclave.v1.ScoreResponse\x12>\n\x05\x44rain\x12\x19.conclave.v1.DrainRequest\x1a\x1a.conclave.v1.DrainResponse\x12K\n\x08\x43onverse\x12\x1c.conclave.v1.ConverseRequest\x1a\x1d.conclave.v1.ConverseResponse(\x01\x30\x01\x12?\n\x04Step\x12\x18.conclave.v1.StepRequest\x1a\x19.conclave.v1.StepResponse(\x01\x30\x01\x12\x44\n\x07GetLoad\x12\x1b.conclave.v1.GetLoadRequest\x1a\x1c.conclave.v1.GetLoadResponse\x12J\n\tWatchLoad\x12\x1d.conclave.v1.WatchLoadRequest\x1a\x1c.conclave.v1.GetLoadResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,30 +34,42 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_DESCRIBERESPONSE_LABELSENTRY']._loaded_options = None
   _globals['_DESCRIBERESPONSE_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_CONVERSEREQUEST']._serialized_start=80
-  _globals['_CONVERSEREQUEST']._serialized_end=356
-  _globals['_CANCELASK']._serialized_start=358
-  _globals['_CANCELASK']._serialized_end=369
-  _globals['_CONVERSERESPONSE']._serialized_start=371
-  _globals['_CONVERSERESPONSE']._serialized_end=426
-  _globals['_REPLY']._serialized_start=429
-  _globals['_REPLY']._serialized_end=639
-  _globals['_DESCRIBEREQUEST']._serialized_start=641
-  _globals['_DESCRIBEREQUEST']._serialized_end=658
-  _globals['_DESCRIBERESPONSE']._serialized_start=661
-  _globals['_DESCRIBERESPONSE']._serialized_end=1106
-  _globals['_DESCRIBERESPONSE_LABELSENTRY']._serialized_start=1061
-  _globals['_DESCRIBERESPONSE_LABELSENTRY']._serialized_end=1106
-  _globals['_DRAINREQUEST']._serialized_start=1108
-  _globals['_DRAINREQUEST']._serialized_end=1168
-  _globals['_DRAINRESPONSE']._serialized_start=1170
-  _globals['_DRAINRESPONSE']._serialized_end=1221
-  _globals['_GETLOADREQUEST']._serialized_start=1223
-  _globals['_GETLOADREQUEST']._serialized_end=1239
-  _globals['_GETLOADRESPONSE']._serialized_start=1242
-  _globals['_GETLOADRESPONSE']._serialized_end=1534
-  _globals['_BLOCKPOOL']._serialized_start=1536
-  _globals['_BLOCKPOOL']._serialized_end=1609
-  _globals['_WORKERSERVICE']._serialized_start=1612
-  _globals['_WORKERSERVICE']._serialized_end=2123
+  _globals['_STEPREQUEST']._serialized_start=79
+  _globals['_STEPREQUEST']._serialized_end=180
+  _globals['_STEPOPEN']._serialized_start=182
+  _globals['_STEPOPEN']._serialized_end=277
+  _globals['_STEPTAKE']._serialized_start=279
+  _globals['_STEPTAKE']._serialized_end=320
+  _globals['_STEPRESPONSE']._serialized_start=323
+  _globals['_STEPRESPONSE']._serialized_end=516
+  _globals['_STEPOPENED']._serialized_start=519
+  _globals['_STEPOPENED']._serialized_end=745
+  _globals['_WATCHLOADREQUEST']._serialized_start=747
+  _globals['_WATCHLOADREQUEST']._serialized_end=817
+  _globals['_CONVERSEREQUEST']._serialized_start=820
+  _globals['_CONVERSEREQUEST']._serialized_end=1096
+  _globals['_CANCELASK']._serialized_start=1098
+  _globals['_CANCELASK']._serialized_end=1109
+  _globals['_CONVERSERESPONSE']._serialized_start=1111
+  _globals['_CONVERSERESPONSE']._serialized_end=1166
+  _globals['_REPLY']._serialized_start=1169
+  _globals['_REPLY']._serialized_end=1379
+  _globals['_DESCRIBEREQUEST']._serialized_start=1381
+  _globals['_DESCRIBEREQUEST']._serialized_end=1398
+  _globals['_DESCRIBERESPONSE']._serialized_start=1401
+  _globals['_DESCRIBERESPONSE']._serialized_end=1846
+  _globals['_DESCRIBERESPONSE_LABELSENTRY']._serialized_start=1801
+  _globals['_DESCRIBERESPONSE_LABELSENTRY']._serialized_end=1846
+  _globals['_DRAINREQUEST']._serialized_start=1848
+  _globals['_DRAINREQUEST']._serialized_end=1908
+  _globals['_DRAINRESPONSE']._serialized_start=1910
+  _globals['_DRAINRESPONSE']._serialized_end=1961
+  _globals['_GETLOADREQUEST']._serialized_start=1963
+  _globals['_GETLOADREQUEST']._serialized_end=1979
+  _globals['_GETLOADRESPONSE']._serialized_start=1982
+  _globals['_GETLOADRESPONSE']._serialized_end=2300
+  _globals['_BLOCKPOOL']._serialized_start=2302
+  _globals['_BLOCKPOOL']._serialized_end=2375
+  _globals['_WORKERSERVICE']._serialized_start=2378
+  _globals['_WORKERSERVICE']._serialized_end=3030
 # @@protoc_insertion_point(module_scope)

@@ -7,6 +7,76 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class StepRequest(_message.Message):
+    __slots__ = ("open", "take")
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    TAKE_FIELD_NUMBER: _ClassVar[int]
+    open: StepOpen
+    take: StepTake
+    def __init__(self, open: _Optional[_Union[StepOpen, _Mapping]] = ..., take: _Optional[_Union[StepTake, _Mapping]] = ...) -> None: ...
+
+class StepOpen(_message.Message):
+    __slots__ = ("request", "candidates", "generate")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    GENERATE_FIELD_NUMBER: _ClassVar[int]
+    request: _generation_pb2.GenerateRequest
+    candidates: int
+    generate: int
+    def __init__(self, request: _Optional[_Union[_generation_pb2.GenerateRequest, _Mapping]] = ..., candidates: _Optional[int] = ..., generate: _Optional[int] = ...) -> None: ...
+
+class StepTake(_message.Message):
+    __slots__ = ("ids", "generate")
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    GENERATE_FIELD_NUMBER: _ClassVar[int]
+    ids: _containers.RepeatedScalarFieldContainer[int]
+    generate: int
+    def __init__(self, ids: _Optional[_Iterable[int]] = ..., generate: _Optional[int] = ...) -> None: ...
+
+class StepResponse(_message.Message):
+    __slots__ = ("position", "tokens", "end", "ids", "logprobs", "opened")
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    OPENED_FIELD_NUMBER: _ClassVar[int]
+    position: int
+    tokens: _containers.RepeatedCompositeFieldContainer[_generation_pb2.Token]
+    end: _generation_pb2.OutputEnd
+    ids: _containers.RepeatedScalarFieldContainer[int]
+    logprobs: _containers.RepeatedScalarFieldContainer[float]
+    opened: StepOpened
+    def __init__(self, position: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[_generation_pb2.Token, _Mapping]]] = ..., end: _Optional[_Union[_generation_pb2.OutputEnd, _Mapping]] = ..., ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., opened: _Optional[_Union[StepOpened, _Mapping]] = ...) -> None: ...
+
+class StepOpened(_message.Message):
+    __slots__ = ("prompt_ids", "cached_tokens", "vocab_size", "sampling", "suppressed_ids", "stop_ids", "worker", "model", "tokenizer_fingerprint")
+    PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    SUPPRESSED_IDS_FIELD_NUMBER: _ClassVar[int]
+    STOP_IDS_FIELD_NUMBER: _ClassVar[int]
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    prompt_ids: _containers.RepeatedScalarFieldContainer[int]
+    cached_tokens: int
+    vocab_size: int
+    sampling: _generation_pb2.SamplingParams
+    suppressed_ids: _containers.RepeatedScalarFieldContainer[int]
+    stop_ids: _containers.RepeatedScalarFieldContainer[int]
+    worker: str
+    model: str
+    tokenizer_fingerprint: str
+    def __init__(self, prompt_ids: _Optional[_Iterable[int]] = ..., cached_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., suppressed_ids: _Optional[_Iterable[int]] = ..., stop_ids: _Optional[_Iterable[int]] = ..., worker: _Optional[str] = ..., model: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ...) -> None: ...
+
+class WatchLoadRequest(_message.Message):
+    __slots__ = ("interval_seconds",)
+    INTERVAL_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    interval_seconds: float
+    def __init__(self, interval_seconds: _Optional[float] = ...) -> None: ...
+
 class ConverseRequest(_message.Message):
     __slots__ = ("ask", "generate", "complete", "score", "cancel", "timeout_seconds")
     ASK_FIELD_NUMBER: _ClassVar[int]
@@ -115,7 +185,7 @@ class GetLoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetLoadResponse(_message.Message):
-    __slots__ = ("running_sequences", "waiting_sequences", "outstanding_tokens", "pools", "prompt_tokens", "cached_tokens", "completion_tokens", "preemptions", "steps", "tokens_per_second", "draining")
+    __slots__ = ("running_sequences", "waiting_sequences", "outstanding_tokens", "pools", "prompt_tokens", "cached_tokens", "completion_tokens", "preemptions", "steps", "tokens_per_second", "draining", "step_age_seconds")
     RUNNING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     WAITING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     OUTSTANDING_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -127,6 +197,7 @@ class GetLoadResponse(_message.Message):
     STEPS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    STEP_AGE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     running_sequences: int
     waiting_sequences: int
     outstanding_tokens: int
@@ -138,7 +209,8 @@ class GetLoadResponse(_message.Message):
     steps: int
     tokens_per_second: float
     draining: bool
-    def __init__(self, running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., outstanding_tokens: _Optional[int] = ..., pools: _Optional[_Iterable[_Union[BlockPool, _Mapping]]] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., steps: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., draining: _Optional[bool] = ...) -> None: ...
+    step_age_seconds: float
+    def __init__(self, running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., outstanding_tokens: _Optional[int] = ..., pools: _Optional[_Iterable[_Union[BlockPool, _Mapping]]] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., steps: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., draining: _Optional[bool] = ..., step_age_seconds: _Optional[float] = ...) -> None: ...
 
 class BlockPool(_message.Message):
     __slots__ = ("window", "blocks", "used", "cached")

@@ -65,9 +65,19 @@ class WorkerServiceStub:
                 request_serializer=conclave_dot_protos_dot_worker__pb2.ConverseRequest.SerializeToString,
                 response_deserializer=conclave_dot_protos_dot_worker__pb2.ConverseResponse.FromString,
                 _registered_method=True)
+        self.Step = channel.stream_stream(
+                '/conclave.v1.WorkerService/Step',
+                request_serializer=conclave_dot_protos_dot_worker__pb2.StepRequest.SerializeToString,
+                response_deserializer=conclave_dot_protos_dot_worker__pb2.StepResponse.FromString,
+                _registered_method=True)
         self.GetLoad = channel.unary_unary(
                 '/conclave.v1.WorkerService/GetLoad',
                 request_serializer=conclave_dot_protos_dot_worker__pb2.GetLoadRequest.SerializeToString,
+                response_deserializer=conclave_dot_protos_dot_worker__pb2.GetLoadResponse.FromString,
+                _registered_method=True)
+        self.WatchLoad = channel.unary_stream(
+                '/conclave.v1.WorkerService/WatchLoad',
+                request_serializer=conclave_dot_protos_dot_worker__pb2.WatchLoadRequest.SerializeToString,
                 response_deserializer=conclave_dot_protos_dot_worker__pb2.GetLoadResponse.FromString,
                 _registered_method=True)
 
@@ -118,8 +128,25 @@ class WorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Step(self, request_iterator, context):
+        """One answer whose tokens the caller chooses, or lets the worker choose a few at a time. The
+        sequence lives in the continuous batch between the steps. The first request is `open`, all
+        later ones `take`; each gets exactly one response. Ending the call frees the sequence.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetLoad(self, request, context):
         """How busy the worker is now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchLoad(self, request, context):
+        """The same again and again, as a heartbeat: it stops when the process hangs, and step_age_seconds
+        grows when only the engine does.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -158,9 +185,19 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     request_deserializer=conclave_dot_protos_dot_worker__pb2.ConverseRequest.FromString,
                     response_serializer=conclave_dot_protos_dot_worker__pb2.ConverseResponse.SerializeToString,
             ),
+            'Step': grpc.stream_stream_rpc_method_handler(
+                    servicer.Step,
+                    request_deserializer=conclave_dot_protos_dot_worker__pb2.StepRequest.FromString,
+                    response_serializer=conclave_dot_protos_dot_worker__pb2.StepResponse.SerializeToString,
+            ),
             'GetLoad': grpc.unary_unary_rpc_method_handler(
                     servicer.GetLoad,
                     request_deserializer=conclave_dot_protos_dot_worker__pb2.GetLoadRequest.FromString,
+                    response_serializer=conclave_dot_protos_dot_worker__pb2.GetLoadResponse.SerializeToString,
+            ),
+            'WatchLoad': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchLoad,
+                    request_deserializer=conclave_dot_protos_dot_worker__pb2.WatchLoadRequest.FromString,
                     response_serializer=conclave_dot_protos_dot_worker__pb2.GetLoadResponse.SerializeToString,
             ),
     }
@@ -337,6 +374,33 @@ class WorkerService:
             _registered_method=True)
 
     @staticmethod
+    def Step(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/conclave.v1.WorkerService/Step',
+            conclave_dot_protos_dot_worker__pb2.StepRequest.SerializeToString,
+            conclave_dot_protos_dot_worker__pb2.StepResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def GetLoad(request,
             target,
             options=(),
@@ -352,6 +416,33 @@ class WorkerService:
             target,
             '/conclave.v1.WorkerService/GetLoad',
             conclave_dot_protos_dot_worker__pb2.GetLoadRequest.SerializeToString,
+            conclave_dot_protos_dot_worker__pb2.GetLoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/conclave.v1.WorkerService/WatchLoad',
+            conclave_dot_protos_dot_worker__pb2.WatchLoadRequest.SerializeToString,
             conclave_dot_protos_dot_worker__pb2.GetLoadResponse.FromString,
             options,
             channel_credentials,

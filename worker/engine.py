@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .batch import Chunk
 from .config import EngineConfig
+from .draws import split_mix
 from .errors import (
     Cancelled,
     ConclaveError,
@@ -37,7 +38,7 @@ from .requests.answer import Answer
 from .requests.completion import Completion, Score, Stream
 from .requests.events import Event, Failed, Request
 from .requests.intake import Intake, Limits, Prompt
-from .sampler import sample, score, split_mix
+from .sampler import sample, score
 from .scheduling.cache import BlockManager
 from .scheduling.scheduler import Scheduler, Share
 from .scheduling.sequence import Sequence

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .draws import uniform
 from .scheduling.sequence import Sequence
-
-_MASK64 = 2**64 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,19 +26,6 @@ class Choice:
     logprob: float | None = None
     rank: int | None = None
     candidates: tuple[tuple[int, float], ...] = ()
-
-
-def split_mix(value: int) -> int:
-    """SplitMix64: a well-mixed 64-bit function of a 64-bit number."""
-    value = (value + 0x9E3779B97F4A7C15) & _MASK64
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return value ^ (value >> 31)
-
-
-def uniform(seed: int, index: int) -> float:
-    """The number in [0, 1) that draws token `index` of the answer with this seed."""
-    return (split_mix(split_mix(seed) ^ index) >> 11) * 2.0**-53
 
 
 def sample(

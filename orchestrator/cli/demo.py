@@ -17,7 +17,7 @@ from .output import console, errors, worker_table
 from .run import join, with_gateway
 
 if TYPE_CHECKING:
-    from ..cluster import Cluster
+    from ..fleet.cluster import Cluster
 
 FLEET_FILE = "fleet.yaml"
 LANGUAGES = ("en", "de", "fr", "it")
@@ -54,7 +54,7 @@ def shipped_fleet() -> Path:
 
 
 async def _demonstrate(config: FleetConfig, cluster: "Cluster", max_tokens: int) -> None:
-    from ..fleet import Fleet
+    from ..fleet.fleet import Fleet
 
     fleet = Fleet(config, cluster)
     try:

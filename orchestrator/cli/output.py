@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..registry import WorkerState
+from ..routing.registry import WorkerState
 
 # A file or a pipe has no width: nothing is cut off there.
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 250)

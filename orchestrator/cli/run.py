@@ -13,16 +13,16 @@ import uvloop
 from rich.markup import escape
 
 from ...worker.errors import Unavailable
-from ..affinity import keep_to_one_core
 from ..client import Client
 from ..config import FleetConfig
-from ..registry import Worker, WorkerState
+from ..gateway.affinity import keep_to_one_core
+from ..routing.registry import Worker, WorkerState
 from .options import DEFAULT_ADDRESS, Address, AsJson, Labels, Model, Names, selection
 from .output import console, errors, print_json, state_text, worker_table
 
 if TYPE_CHECKING:
-    from ..cluster import Cluster
-    from ..fleet import Fleet
+    from ..fleet.cluster import Cluster
+    from ..fleet.fleet import Fleet
 
 FleetFile = Annotated[Path, typer.Option(help="the fleet file")]
 RayAddress = Annotated[
@@ -55,7 +55,7 @@ def serve(
 
 def stop(fleet: FleetFile = Path("fleet.yaml"), address: RayAddress = None) -> None:
     """End the workers that a fleet has left behind detached in a Ray cluster."""
-    from ..cluster import Cluster
+    from ..fleet.cluster import Cluster
 
     config = FleetConfig.load(fleet)
     cluster = Cluster.connect(config.name, address or os.environ.get("RAY_ADDRESS") or "auto")
@@ -94,14 +94,14 @@ def with_gateway(config: FleetConfig, host: str | None, port: int | None) -> Fle
 def join(config: FleetConfig, address: str | None) -> "Cluster":
     """Joins or starts the Ray cluster, which takes some seconds."""
     with errors.status("reaching Ray"):
-        from ..cluster import Cluster
+        from ..fleet.cluster import Cluster
 
         num_cpus = sum(spec.resources.num_cpus for spec in config.specs())
         return Cluster.connect(config.name, address, num_cpus=num_cpus)
 
 
 async def _serve(config: FleetConfig, cluster: "Cluster") -> None:
-    from ..fleet import Fleet
+    from ..fleet.fleet import Fleet
 
     fleet = Fleet(config, cluster, changed=_tell)
     asked_to_stop = asyncio.Event()

@@ -26,8 +26,8 @@ from ...worker.errors import (
     Unavailable,
     Violation,
 )
-from ..registry import WorkerState
-from ..router import WorkerNotFound
+from ..routing.registry import WorkerState
+from ..routing.router import WorkerNotFound
 from ..status import RemoteError
 from .answers import (
     Candidate,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...protos import gateway_pb2, generation_pb2
-from ..registry import WorkerState
+from ..routing.registry import WorkerState
 from ..status import error_of_event
 
 FinishReason = Literal["stop", "length", "unspecified"]

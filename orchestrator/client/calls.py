@@ -13,7 +13,7 @@ import grpc.aio
 
 from ...protos import gateway_pb2, gateway_pb2_grpc
 from ...worker.errors import ConclaveError, Unavailable
-from ..connection import channel_options
+from ..lines.connection import channel_options
 from ..status import details_of, error_of_status
 from .answers import (
     Collector,

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
-from ...protos import gateway_pb2, generation_pb2
+from ...protos import ensemble_pb2, generation_pb2
 from ...worker.errors import InvalidRequest, Violation
 
 
@@ -154,11 +154,11 @@ def prompt_message(prompt: Prompt) -> generation_pb2.Prompt:
     return generation_pb2.Prompt(chat=chat)
 
 
-def selector_message(select: Select | None) -> gateway_pb2.WorkerSelector | None:
+def selector_message(select: Select | None) -> ensemble_pb2.WorkerSelector | None:
     """The message for a choice of workers."""
     if select is None:
         return None
-    return gateway_pb2.WorkerSelector(
+    return ensemble_pb2.WorkerSelector(
         names=select.names, model=select.model, labels=select.labels or {}
     )
 

@@ -16,9 +16,9 @@ from typing import Any, Self
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 
-from ..worker.actor import NAMESPACE, actor_name, launch
-from ..worker.errors import ConfigError
-from .config import Resources, WorkerSpec
+from ...worker.actor import NAMESPACE, actor_name, launch
+from ...worker.errors import ConfigError
+from ..config import Resources, WorkerSpec
 from .plan import Observation, Phase
 
 log = logging.getLogger(__name__)

@@ -7,11 +7,11 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+from ..config import FleetConfig
+from ..gateway.server import Gateway
+from ..routing.registry import Worker, WorkerState
 from .cluster import Cluster
-from .config import FleetConfig
-from .gateway import Gateway
 from .plan import Observation, Phase
-from .registry import Worker, WorkerState
 from .supervisor import Supervisor
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from .config import WorkerSpec
+from ..config import WorkerSpec
 from .plan import (
     Action,
     History,

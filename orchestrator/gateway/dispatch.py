@@ -12,21 +12,21 @@ from dataclasses import dataclass, field
 import grpc
 import grpc.aio
 
-from ..protos.generation_pb2 import (
+from ...protos.generation_pb2 import (
     CompleteResponse,
     GenerateRequest,
     GenerateResponse,
     ScoreRequest,
     ScoreResponse,
 )
-from ..protos.worker_pb2 import ConverseRequest, Reply
-from ..worker.errors import Unavailable
-from .config import GatewayConfig
-from .connection import Connection
-from .conversation import Pending
-from .registry import Registry, Worker
-from .router import Selector, Turn, choose, matching, turn
-from .status import Failure
+from ...protos.worker_pb2 import ConverseRequest, Reply
+from ...worker.errors import Unavailable
+from ..config import GatewayConfig
+from ..lines.connection import Connection
+from ..lines.conversation import Pending
+from ..routing.registry import Registry, Worker
+from ..routing.router import Selector, Turn, choose, matching, turn
+from ..status import Failure
 
 Write = Callable[[GenerateResponse], Awaitable[None]]
 

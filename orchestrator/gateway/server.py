@@ -12,12 +12,12 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from ..protos import gateway_pb2_grpc, worker_pb2
-from ..worker.errors import ConfigError
-from .config import GatewayConfig
-from .connection import Connection, channel_options
+from ...protos import gateway_pb2_grpc, worker_pb2
+from ...worker.errors import ConfigError
+from ..config import GatewayConfig
+from ..lines.connection import Connection, channel_options
+from ..routing.registry import Registry, Worker, WorkerState
 from .dispatch import Dispatcher
-from .registry import Registry, Worker, WorkerState
 from .service import SERVICE, GatewayService
 
 SERVER_OPTIONS = [

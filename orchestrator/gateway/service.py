@@ -7,12 +7,12 @@ from collections.abc import Awaitable
 from importlib.metadata import PackageNotFoundError, version
 from typing import TypeVar
 
-from ..protos import gateway_pb2, gateway_pb2_grpc, generation_pb2
-from ..worker.errors import ConclaveError, InvalidRequest
+from ...protos import ensemble_pb2, gateway_pb2, gateway_pb2_grpc, generation_pb2
+from ...worker.errors import ConclaveError, InvalidRequest
+from ..routing.registry import Registry, Worker, WorkerState
+from ..routing.router import ANY, Selector
+from ..status import Context, Failure, abort
 from .dispatch import Ask, Dispatcher
-from .registry import Registry, Worker, WorkerState
-from .router import ANY, Selector
-from .status import Context, Failure, abort
 
 SERVICE = gateway_pb2.DESCRIPTOR.services_by_name["GatewayService"].full_name
 
@@ -98,7 +98,7 @@ async def _answer(work: Awaitable[Answer], context: Context) -> Answer:
         await abort(context, error)
 
 
-def _selector(message: gateway_pb2.WorkerSelector) -> Selector:
+def _selector(message: ensemble_pb2.WorkerSelector) -> Selector:
     return Selector(frozenset(message.names), message.model, dict(message.labels))
 
 

@@ -13,7 +13,7 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2
 
-from ..protos import worker_pb2
+from ...protos import worker_pb2
 from .conversation import Conversation, Pending
 
 SERVICE = worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name

@@ -12,8 +12,8 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from ..protos.worker_pb2 import CancelAsk, ConverseRequest, Reply
-from .status import Failure
+from ...protos.worker_pb2 import CancelAsk, ConverseRequest, Reply
+from ..status import Failure
 
 OpenCall = Callable[[], Any]
 """Makes a new grpc.aio call of Converse."""

@@ -7,7 +7,7 @@ known exactly, so the plain minimum is the better choice.
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ..worker.errors import ConclaveError
+from ...worker.errors import ConclaveError
 from .registry import Worker, WorkerState
 
 

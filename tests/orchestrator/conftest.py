@@ -19,8 +19,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from conclave.orchestrator.client import AsyncClient
 from conclave.orchestrator.config import GatewayConfig
-from conclave.orchestrator.gateway import Gateway
-from conclave.orchestrator.registry import WorkerState
+from conclave.orchestrator.gateway.server import Gateway
+from conclave.orchestrator.routing.registry import WorkerState
 from conclave.protos import generation_pb2, worker_pb2, worker_pb2_grpc
 from conclave.worker.serving.conversation import Conversation
 

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from conclave.orchestrator.affinity import keep_to_one_core
+from conclave.orchestrator.gateway.affinity import keep_to_one_core
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux only")
 

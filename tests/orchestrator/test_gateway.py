@@ -18,8 +18,8 @@ from conclave.orchestrator.client import (
     WorkerNotFound,
 )
 from conclave.orchestrator.config import GatewayConfig
-from conclave.orchestrator.gateway import Gateway
-from conclave.orchestrator.registry import WorkerState
+from conclave.orchestrator.gateway.server import Gateway
+from conclave.orchestrator.routing.registry import WorkerState
 from conclave.protos import gateway_pb2, gateway_pb2_grpc
 from conclave.worker.errors import ConfigError
 

@@ -1,4 +1,4 @@
-from conclave.orchestrator.plan import (
+from conclave.orchestrator.fleet.plan import (
     RELAUNCH_SECONDS,
     History,
     Launch,

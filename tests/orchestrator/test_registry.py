@@ -1,4 +1,4 @@
-from conclave.orchestrator.registry import Registry, Worker, WorkerState
+from conclave.orchestrator.routing.registry import Registry, Worker, WorkerState
 from conclave.protos import gateway_pb2
 
 

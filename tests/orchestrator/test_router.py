@@ -1,7 +1,7 @@
 import pytest
 
-from conclave.orchestrator.registry import Worker, WorkerState
-from conclave.orchestrator.router import ANY, Selector, WorkerNotFound, choose, turn
+from conclave.orchestrator.routing.registry import Worker, WorkerState
+from conclave.orchestrator.routing.router import ANY, Selector, WorkerNotFound, choose, turn
 
 
 def worker(

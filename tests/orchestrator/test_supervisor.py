@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from conclave.orchestrator.config import FleetConfig, WorkerSpec
-from conclave.orchestrator.plan import Observation, Phase
-from conclave.orchestrator.supervisor import Supervisor
+from conclave.orchestrator.fleet.plan import Observation, Phase
+from conclave.orchestrator.fleet.supervisor import Supervisor
 
 READY = Observation(Phase.READY, "host:1", "first")
 FAILED = Observation(Phase.FAILED, reason="bad checkpoint")

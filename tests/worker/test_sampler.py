@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from conclave.worker.sampler import sample, score, uniform
+from conclave.worker.draws import uniform
+from conclave.worker.sampler import sample, score
 from conclave.worker.sampling import SamplingParams
 from conclave.worker.scheduling.sequence import Sequence
 

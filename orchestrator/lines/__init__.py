@@ -1,0 +1,1 @@
+"""The lines from the gateway to the workers: gRPC, one channel a process."""
