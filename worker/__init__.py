@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import EngineConfig, WorkerConfig
     from .engine import Engine
+    from .requests.events import Made
     from .sampling import SamplingParams
 
-__all__ = ["Engine", "EngineConfig", "SamplingParams", "WorkerConfig"]
+__all__ = ["Engine", "EngineConfig", "Made", "SamplingParams", "WorkerConfig"]
 
 _HOMES = {
     "Engine": "engine",
     "EngineConfig": "config",
+    "Made": "requests.events",
     "SamplingParams": "sampling",
     "WorkerConfig": "config",
 }

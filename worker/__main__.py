@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from .config import EngineConfig, WorkerConfig
+from .config import EngineConfig, WorkerConfig, fleet_secret_given
 from .errors import ConclaveError
 from .serving.server import WorkerServer
 
@@ -26,8 +26,14 @@ def serve(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")] = "auto",
     max_context: Annotated[int | None, typer.Option(help="longest prompt plus answer")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads")] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="open to the network without CONCLAVE_FLEET_SECRET")
+    ] = False,
 ) -> None:
-    """Serve one checkpoint over gRPC until SIGINT or SIGTERM, then drain."""
+    """Serve one checkpoint over gRPC until SIGINT or SIGTERM, then drain.
+
+    With CONCLAVE_FLEET_SECRET in the environment it answers only callers that show it.
+    """
     logging.basicConfig(level=logging.INFO)
     try:
         engine = EngineConfig.model_validate(
@@ -39,7 +45,14 @@ def serve(
                 "threads": threads,
             }
         )
-        config = WorkerConfig(name=name, engine=engine, host=host, port=port)
+        config = WorkerConfig(
+            name=name,
+            engine=engine,
+            host=host,
+            port=port,
+            fleet_secret=fleet_secret_given(),
+            insecure=insecure,
+        )
         with Progress(TextColumn("loading"), BarColumn(), MofNCompleteColumn()) as bar:
             task = bar.add_task("loading", total=None)
             server = WorkerServer(

@@ -7,7 +7,7 @@ and launch actors without loading torch.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -28,17 +28,26 @@ class Endpoint:
     """Changes with every start of the process."""
     pid: int
     node_ip: str
+    open_sequences: int = 0
+    """Answers that run or wait there, whoever asked for them."""
+    draining: bool = False
+    """An orchestrator has told it to drain; it will not serve again."""
+    secret: str = field(default="", repr=False)
+    """What the worker wants its callers to show. It travels through Ray because Ray is trusted
+    (whoever can ask an actor can run code here), and so every gateway of the fleet learns it, also
+    one that took a detached worker over."""
 
 
-def actor_name(fleet: str, worker: str) -> str:
-    """The name under which Ray knows a worker."""
-    return f"{fleet}/{worker}"
+def actor_name(fleet: str, worker: str, version: str) -> str:
+    """The name under which Ray knows a worker that runs this version of its settings."""
+    return f"{fleet}/{worker}@{version}"
 
 
 def launch(
     config: WorkerConfig,
     *,
     fleet: str,
+    version: str,
     num_cpus: float,
     num_gpus: float,
     resources: dict[str, float],
@@ -50,6 +59,7 @@ def launch(
     Args:
         config: the worker's settings.
         fleet: name of the fleet, part of the actor's name.
+        version: of the worker's settings, part of the actor's name; two versions may live at once.
         num_cpus, num_gpus, resources: what Ray reserves for it.
         max_restarts: how often Ray starts it again after a death; -1 for ever.
         detached: whether it outlives the job that created it.
@@ -58,7 +68,7 @@ def launch(
         ValueError: an actor with this name is alive.
     """
     options: dict[str, Any] = {
-        "name": actor_name(fleet, config.name),
+        "name": actor_name(fleet, config.name, version),
         "namespace": NAMESPACE,
         "num_cpus": num_cpus,
         "num_gpus": num_gpus,
@@ -82,20 +92,27 @@ class WorkerActor:
 
         if config.host == "auto":
             config = config.model_copy(update={"host": ray.util.get_node_ip_address()})
+        self._draining = False
         # An engine that died cannot be mended from inside: leave, and let Ray start a new process.
         self._server = WorkerServer(config, on_broken=lambda: os._exit(1))
 
     def endpoint(self) -> Endpoint:
         """Where this worker listens; answers only once it serves."""
+        secret = self._server.config.fleet_secret
+        load = self._server.engine.load
         return Endpoint(
             address=self._server.address,
             incarnation=self._server.incarnation,
             pid=os.getpid(),
             node_ip=ray.util.get_node_ip_address(),
+            open_sequences=load.running + load.waiting,
+            draining=self._draining,
+            secret=secret.get_secret_value() if secret is not None else "",
         )
 
-    def drain(self, grace: float) -> None:
-        """Refuse new asks and wait at most `grace` seconds for the open ones."""
+    def drain(self, grace: float | None) -> None:
+        """Refuse new asks and wait at most `grace` seconds for the open ones; None has no end."""
+        self._draining = True
         self._server.drain(grace)
 
     def pid(self) -> int:

@@ -3,10 +3,21 @@
 Frozen pydantic models; unknown keys are refused; every default stands here and nowhere else.
 """
 
+import ipaddress
+import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+
+from .errors import ConfigError
+
+FLEET_SECRET = "CONCLAVE_FLEET_SECRET"
+"""Environment variable with the secret of a fleet; without it every fleet makes one of its own."""
+FLEET_SECRET_KEY = "conclave-fleet"
+"""Metadata key under which a worker's callers show the fleet's secret."""
+FLEET_SECRET_LENGTH = 16
+"""The shortest that is taken."""
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -55,7 +66,7 @@ class EngineConfig(BaseModel):
 class WorkerConfig(BaseModel):
     """One worker: an engine, a name, and a gRPC address."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     name: str = Field(default="worker", min_length=1)
     """Unique in the fleet; also the name of its Ray actor."""
@@ -68,8 +79,38 @@ class WorkerConfig(BaseModel):
     """Free words for selecting workers."""
     max_message_mib: int = Field(default=64, gt=0)
     """Largest gRPC message in either direction."""
+    fleet_secret: SecretStr | None = None
+    """What callers must show; None answers everybody who reaches the port."""
+    insecure: bool = False
+    """Listens beyond the loopback even without a secret."""
 
     @property
     def listen_host(self) -> str:
         """The address to bind when nobody has named one."""
         return "127.0.0.1" if self.host == "auto" else self.host
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server that listens on `host`.
+
+    A name counts as open to others, because what it resolves to may change.
+    """
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
+    except ValueError:
+        return False
+
+
+def fleet_secret_given() -> SecretStr | None:
+    """The secret that the environment names. Raises ConfigError if it cannot serve as one."""
+    text = os.environ.get(FLEET_SECRET, "").strip()
+    if not text:
+        return None
+    # It travels as gRPC metadata, which knows printable ASCII only.
+    if len(text) < FLEET_SECRET_LENGTH or not text.isascii() or not text.isprintable():
+        raise ConfigError(
+            f"{FLEET_SECRET} must be at least {FLEET_SECRET_LENGTH} printable ASCII characters"
+        )
+    return SecretStr(text)

@@ -6,6 +6,7 @@ ConclaveError
 ├── InvalidRequest  (ValueError)   a request breaks a rule; names every field that does
 ├── Overloaded                     the queue is full; says when to try again
 ├── Unavailable                    the worker is draining, stopped or broken
+├── Unauthenticated                the caller has not shown who it is
 ├── DeadlineExceeded               the request's time ran out
 └── Cancelled                      the caller gave the request up
 """
@@ -57,6 +58,10 @@ class Overloaded(ConclaveError):
 
 class Unavailable(ConclaveError):
     """The worker is draining, stopped or broken; another one may answer."""
+
+
+class Unauthenticated(ConclaveError):
+    """The caller has shown no token or secret, or one that is not known here."""
 
 
 class DeadlineExceeded(ConclaveError):

@@ -14,7 +14,10 @@ class Load:
     """State of an engine after its last step."""
 
     running: int = 0
+    """Sequences on their way, parked ones too."""
     waiting: int = 0
+    parked: int = 0
+    """Of the running ones those that wait for their caller's next step."""
     outstanding_tokens: int = 0
     pools: tuple[PoolUse, ...] = ()
     prompt_tokens: int = 0

@@ -6,6 +6,7 @@ What it gave up: a CUDA graph, and keys and values in one tensor, which one gath
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,6 +48,9 @@ class ModelRunner:
                     torch.zeros(shape, device=device, dtype=dtype),
                 )
 
+        self.broken: list[int] = []
+        """Chunks of the last step in which a token came out as NaN, so that keys and values of
+        theirs may hold NaN. Decoding steps are not looked at: there the logits show it."""
         self._recorded: RecordedDecode | None = None
         if can_record(config, device):
             self._recorded = RecordedDecode(self._run, self.caches, self.windows, block_size)
@@ -58,16 +62,48 @@ class ModelRunner:
         Returns float32 logits [sum of chunk.logits, vocab], in the order of the chunks.
         """
         step = build_step(chunks, self.windows, self.block_size, self.device)
-        if self._recorded is not None and step.decodes and step.logit_rows is None:
-            return self._recorded(step)
-        return self._run(step, self.caches)
+        self.broken = []
+        if step.decodes and step.logit_rows is None:
+            return self._recorded(step) if self._recorded else self._run(step, self.caches)
+        hidden = self._hidden(step, self.caches)
+        self.broken = _broken(chunks, hidden)
+        return self._logits(step, hidden)
+
+    @torch.inference_mode()
+    def wipe(self, blocks: Sequence[Sequence[int]]) -> None:
+        """Zero the keys and values of blocks, given for each cache group."""
+        for group, numbers in zip(self.groups, blocks, strict=True):
+            if numbers:
+                index = torch.tensor(numbers, device=self.device)
+                for layer in group.layers:
+                    for cache in self.caches[layer]:
+                        cache.index_fill_(0, index, 0)
 
     def _run(self, step: Step, caches: Caches) -> Tensor:
+        return self._logits(step, self._hidden(step, caches))
+
+    def _hidden(self, step: Step, caches: Caches) -> Tensor:
         attention = PagedAttention(self.config, self.groups, step, caches)
-        hidden = self.decoder(step.tokens, step.positions, attention)
+        hidden: Tensor = self.decoder(step.tokens, step.positions, attention)
+        return hidden
+
+    def _logits(self, step: Step, hidden: Tensor) -> Tensor:
         if step.logit_rows is not None:
             hidden = hidden.index_select(0, step.logit_rows)
         return self.decoder.logits(hidden)
+
+
+def _broken(chunks: Sequence[Chunk], hidden: Tensor) -> list[int]:
+    """Which chunks have NaN in their hidden states [T, hidden], whose decoding rows come first.
+
+    Keys or values that are not finite make NaN of their own token's attention, in the same layer.
+    """
+    rows = hidden.isnan().any(dim=-1).nonzero().flatten().tolist()
+    if not rows:
+        return []
+    order = sorted(range(len(chunks)), key=lambda number: len(chunks[number].tokens) > 1)
+    owners = np.repeat(order, [len(chunks[number].tokens) for number in order])
+    return sorted({int(owners[row]) for row in rows})
 
 
 class PagedAttention:

@@ -79,6 +79,25 @@ def score(logits: Tensor, tokens: Items[int], candidates: Items[int]) -> list[Ch
     ]
 
 
+def likeliest(logits: Tensor, counts: Items[int]) -> list[tuple[list[int], list[float]] | None]:
+    """The likeliest tokens and their log-probabilities, in descending order; None for NaN.
+
+    Args:
+        logits: [rows, vocabulary], float32.
+        counts: how many each row tells; only as much as that leaves the device.
+    """
+    logprobs = logits.log_softmax(dim=-1)
+    told: list[tuple[list[int], list[float]] | None] = [None] * len(counts)
+    for count in set(counts):
+        rows = [row for row, own in enumerate(counts) if own == count]
+        chosen = logprobs if len(rows) == len(counts) else logprobs[rows]
+        values, ids = (part.tolist() for part in chosen.topk(max(count, 1), dim=-1))
+        for row, row_ids, row_values in zip(rows, ids, values, strict=True):
+            if not math.isnan(row_values[0]):
+                told[row] = (row_ids[:count], row_values[:count])
+    return told
+
+
 def _adjust(logits: Tensor, sequences: Items[Sequence], forbidden: Items[Items[int]]) -> Tensor:
     """Logits after bias, penalties and bans; the same tensor if no row has any."""
     adjusted = logits

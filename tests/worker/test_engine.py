@@ -47,7 +47,7 @@ def assert_nothing_leaked(engine: Engine) -> None:
         time.sleep(0.01)
     assert [pool.used for pool in engine.load.pools] == [0] * len(engine.load.pools)
     assert engine.load.running == engine.load.waiting == 0
-    for pool in engine._scheduler.blocks.pools:
+    for pool in engine._loop.scheduler.blocks.pools:
         assert pool.free == pool.blocks and not any(pool._references)
 
 
@@ -285,7 +285,7 @@ def test_cancel_frees_blocks_within_a_step(engine: Engine) -> None:
 
 
 def _uses(engine: Engine) -> list:  # type: ignore[type-arg]
-    return list(engine._scheduler.blocks.use())
+    return list(engine._loop.scheduler.blocks.use())
 
 
 def test_deadline_ends_a_request(engine: Engine) -> None:

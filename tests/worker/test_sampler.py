@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conclave.worker.draws import uniform
-from conclave.worker.sampler import sample, score
+from conclave.worker.sampler import likeliest, sample, score
 from conclave.worker.sampling import SamplingParams
 from conclave.worker.scheduling.sequence import Sequence
 
@@ -176,3 +176,14 @@ def test_nan_logits_give_no_token_and_spare_the_neighbours() -> None:
     rows = [sequence(temperature=t, logprobs=1) for t in (0.0, 1.0, 1.0)]
     choices = sample(logits, rows, [()] * 3)
     assert choices[1] is None and choices[0] is not None and choices[2] is not None
+
+
+def test_likeliest_tells_as_many_as_each_row_wants() -> None:
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(2))
+    logits[2, 7] = torch.nan
+    none, some, broken, everything = likeliest(logits, [0, 3, 3, 50])
+    assert none == ([], []) and broken is None and some is not None and everything is not None
+    wanted = logits.log_softmax(-1)
+    assert some[0] == wanted[1].topk(3).indices.tolist() and len(some[1]) == 3
+    assert everything[1] == wanted[3].sort(descending=True).values.tolist()
+    assert sorted(everything[0]) == list(range(50))

@@ -3,13 +3,15 @@
 No tensors and no threads: the engine hands in chosen tokens and takes events out.
 """
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
+from ..draws import split_mix
 from ..sampler import Choice
-from ..scheduling.sequence import FinishReason, Sequence
-from ..text.detokenizer import Detokenizer, StopText
+from ..scheduling.sequence import FinishReason, Sequence, State
 from ..text.tokenizer import Tokenizer
+from .answer_text import AnswerText
 from .events import (
     CandidateRecord,
     Delta,
@@ -23,52 +25,79 @@ from .events import (
 )
 
 
+def output_seed(seed: int, index: int) -> int:
+    """What draws the tokens of one of the n answers to a request with this seed."""
+    return seed if index == 0 else split_mix(seed + index)
+
+
+def start_sequences(request: Request, arrivals: Iterator[int]) -> list[Sequence]:
+    """One for each output that its caller does not have whole, behind what is made of it.
+
+    Those whose made tokens contain their end are finished; the first other one leads.
+    """
+    assert request.sampling.max_tokens is not None and request.sampling.seed is not None
+    length = len(request.prompt)
+    sequences: list[Sequence] = []
+    leader = None
+    for index, (made, text) in enumerate(zip(request.made, request.texts, strict=True)):
+        if made.ended:
+            continue
+        sequence = Sequence(
+            request_id=request.id,
+            output_index=index,
+            tokens=list(request.prompt),
+            prompt_length=length,
+            max_length=length + request.sampling.max_tokens,
+            sampling=request.sampling,
+            seed=output_seed(request.sampling.seed, index),
+            arrival=next(arrivals),
+            logprobs_from=request.logprobs_from if index == 0 else None,
+            leader=leader,
+        )
+        for token in made.ids:
+            sequence.append(token)
+        if text.reason is None:
+            leader = leader or sequence
+        else:
+            sequence.state = State.FINISHED
+        sequences.append(sequence)
+    return sequences
+
+
 @dataclass(slots=True)
 class _Output:
-    """One of the n answers: its text machines and what has not been sent yet."""
+    """One of the n answers: its text and what has not been sent yet."""
 
     sequence: Sequence
-    detokenizer: Detokenizer
-    stop: StopText
+    text: AnswerText
     unsent: list[TokenRecord] = field(default_factory=list)
     end: OutputEnd | None = None
 
 
 class Answer:
-    """All outputs of one request.
+    """All outputs of one request that go on.
 
     Args:
         request: what was asked.
-        sequences: one for each output, by output index.
+        sequences: what `start_sequences` made of it.
         tokenizer: makes text of tokens.
-        stop_ids: tokens that end the answer (the checkpoint's, unless ignored, and the caller's).
         arrived: when the request reached the engine, on the clock of time.monotonic().
     """
 
     def __init__(
-        self,
-        request: Request,
-        sequences: Items[Sequence],
-        tokenizer: Tokenizer,
-        stop_ids: frozenset[int],
-        arrived: float,
+        self, request: Request, sequences: Items[Sequence], tokenizer: Tokenizer, arrived: float
     ) -> None:
         self.request = request
         self.sequences = tuple(sequences)
-        self.stop_ids = stop_ids
         self._tokenizer = tokenizer
         self._arrived = arrived
         self._started = 0.0
         self._first_token = 0.0
-        sampling = request.sampling
-        self._outputs = [
-            _Output(
-                sequence,
-                Detokenizer(tokenizer, request.prompt, sampling.skip_special_tokens),
-                StopText(sampling.stop, sampling.include_stop),
-            )
-            for sequence in sequences
-        ]
+        self._outputs = {
+            s.output_index: _Output(s, request.texts[s.output_index]) for s in sequences
+        }
+        for output in self._outputs.values():
+            self._note_end(output)
         self._prompt_choices: list[Choice] = []
         self._prompt_sent = request.logprobs_from is None
 
@@ -79,6 +108,12 @@ class Answer:
         if start is None or start + len(self._prompt_choices) >= len(self.request.prompt):
             return None
         return start + len(self._prompt_choices)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that the first sequence to run took from the prefix cache."""
+        leading = (s.cached for s in self.sequences if s.leader is None)
+        return min(max(leading, default=0), len(self.request.prompt))
 
     def start(self, now: float) -> None:
         """Note the request's first step."""
@@ -94,23 +129,19 @@ class Answer:
         if not self._first_token:
             self._first_token = now
         output = self._outputs[sequence.output_index]
-        sequence.append(choice.token)
-        text, reason, matched = self._text_and_end(output, choice.token)
-        output.unsent.append(self._record(choice, text))
-        if reason is not None:
-            self._end(output, reason, matched)
-        return reason is not None
+        self._add(output, choice)
+        return output.end is not None
 
     def end_scoring(self, now: float) -> None:
         """End a request that generates nothing."""
         self._first_token = now
-        for output in self._outputs:
-            self._end(output, FinishReason.LENGTH, None)
+        for output in self._outputs.values():
+            output.end = OutputEnd(output.sequence.output_index, FinishReason.LENGTH, None, 0)
 
     @property
     def finished(self) -> bool:
         """Whether all outputs have ended."""
-        return all(output.end is not None for output in self._outputs)
+        return all(output.end is not None for output in self._outputs.values())
 
     def take_events(self, now: float) -> list[Event]:
         """What is new since the last call; the terminal event once all outputs have ended."""
@@ -118,7 +149,7 @@ class Answer:
         if self.request.whole and not finished:
             return []
         events: list[Event] = []
-        for output in self._outputs:
+        for output in self._outputs.values():
             prompt = self._take_prompt() if output.sequence.output_index == 0 else ()
             if output.unsent or prompt:
                 events.append(Delta(output.sequence.output_index, tuple(output.unsent), prompt))
@@ -127,34 +158,15 @@ class Answer:
             events.append(self._finished(now))
         return events
 
-    def _text_and_end(
-        self, output: _Output, token: int
-    ) -> tuple[str, FinishReason | None, int | str | None]:
-        sampling, sequence = self.request.sampling, output.sequence
-        may_stop = sequence.answer_length >= sampling.min_tokens
-        if token in self.stop_ids and may_stop:
-            text = output.stop.flush()
-            text += output.detokenizer.push(token) if sampling.include_stop else ""
-            return text + output.detokenizer.flush(), FinishReason.STOP, token
-        text = output.detokenizer.push(token)
-        if may_stop:
-            text = output.stop.push(text)
-            if output.stop.matched is not None:
-                return text, FinishReason.STOP, output.stop.matched
-        if len(sequence.tokens) < sequence.max_length:
-            return text, None, None
-        return text + self._last_words(output, may_stop), FinishReason.LENGTH, None
+    def _add(self, output: _Output, choice: Choice) -> None:
+        output.sequence.append(choice.token)
+        output.unsent.append(self._record(choice, output.text.push(choice.token)))
+        self._note_end(output)
 
-    def _last_words(self, output: _Output, may_stop: bool) -> str:
-        """Everything still held when the answer has reached its length."""
-        rest = output.detokenizer.flush()
-        return (output.stop.push(rest) if may_stop else rest) + output.stop.flush()
-
-    def _end(self, output: _Output, reason: FinishReason, matched: int | str | None) -> None:
-        sequence = output.sequence
-        output.end = OutputEnd(
-            sequence.output_index, reason, matched, len(sequence.tokens) - sequence.prompt_length
-        )
+    def _note_end(self, output: _Output) -> None:
+        text, index = output.text, output.sequence.output_index
+        if text.reason is not None:
+            output.end = OutputEnd(index, text.reason, text.matched, text.length)
 
     def _record(self, choice: Choice, text: str) -> TokenRecord:
         candidates = tuple(
@@ -175,16 +187,17 @@ class Answer:
         return tuple(self._record(c, decode([c.token], skip_special=False)) for c in choices)
 
     def _finished(self, now: float) -> Finished:
-        ends = tuple(output.end for output in self._outputs if output.end is not None)
+        ends = tuple(output.end for output in self._outputs.values() if output.end is not None)
+        elsewhere = sum(len(made.ids) for made in self.request.made if made.ended)
         usage = Usage(
             prompt_tokens=len(self.request.prompt),
-            cached_tokens=self.sequences[0].cached,
-            completion_tokens=sum(end.completion_tokens for end in ends),
+            cached_tokens=self.cached_tokens,
+            completion_tokens=elsewhere + sum(end.completion_tokens for end in ends),
             preemptions=sum(sequence.preemptions for sequence in self.sequences),
         )
         timings = Timings(
-            queued=self._started - self._arrived,
-            first_token=self._first_token - self._arrived,
+            queued=(self._started or now) - self._arrived,
+            first_token=(self._first_token or now) - self._arrived,
             total=now - self._arrived,
         )
         return Finished(ends, usage, timings)

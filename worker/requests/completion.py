@@ -105,7 +105,7 @@ class Stream:
             return event
         if isinstance(event, Failed):
             self._failed = event
-        else:
+        if isinstance(event, Finished):
             self._finished = event
         return next(self)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from ..errors import ConclaveError
 from ..sampling import SamplingParams
 from ..scheduling.sequence import FinishReason
+from .answer_text import AnswerText
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +88,58 @@ class Failed:
     error: ConclaveError
 
 
-Event = Delta | Finished | Failed
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What a stepped answer was opened with, every default filled in."""
+
+    prompt: tuple[int, ...]
+    cached_tokens: int
+    sampling: SamplingParams
+    stop_ids: tuple[int, ...]
+    """They end the answer once min_tokens are there."""
+    suppressed_ids: tuple[int, ...]
+    """They must never be chosen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """Response to one step; terminal if it has an end."""
+
+    position: int
+    """Tokens the answer has now."""
+    tokens: tuple[TokenRecord, ...]
+    """Those that the step brought."""
+    end: OutputEnd | None = None
+    ids: tuple[int, ...] = ()
+    """The likeliest next tokens, in descending order, if the step generated none."""
+    logprobs: tuple[float, ...] = ()
+    """Theirs, natural logarithms under the model's own distribution."""
+    opened: Opened | None = None
+    """In the first response."""
+
+
+Event = Delta | Finished | Failed | Stepped
 Sink = Callable[[Sequence[Event]], None]
 """Called in the engine's thread, at most once a step; must be quick and must not raise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What an answer has already when it is asked for: the engine goes on behind it."""
+
+    ids: tuple[int, ...] = ()
+    ended: bool = False
+    """The caller has this answer whole; nothing is done or told of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """What makes an answer one that its caller steps."""
+
+    candidates: int
+    """How many of the likeliest next tokens a response tells."""
+    generate: int
+    """Tokens to choose right after the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +149,18 @@ class Request:
     id: str
     prompt: tuple[int, ...]
     sampling: SamplingParams
+    """With max_tokens and seed set."""
     sink: Sink
+    stop_ids: frozenset[int]
+    """Tokens that end an answer: the checkpoint's, unless ignored, and the caller's."""
+    made: tuple[Made, ...]
+    """One for each output."""
+    texts: tuple[AnswerText, ...]
+    """One for each output, behind what is made of it; the engine's own once it has the request."""
     deadline: float | None = None
     """On the clock of time.monotonic()."""
     logprobs_from: int | None = None
     """First prompt position whose log-probability is wanted; at least 1."""
     whole: bool = False
     """Keep all events until the end."""
+    steps: Steps | None = None

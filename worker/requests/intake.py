@@ -7,33 +7,18 @@ sees it; each refusal names the field.
 import secrets
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
 
-from ..config import EngineConfig
 from ..errors import InvalidRequest, Violation
 from ..sampling import SamplingParams
 from ..text.tokenizer import Tokenizer
-from .events import Request, Sink
+from .answer_text import AnswerText
+from .events import Made, Request, Sink, Steps
+from .limits import Limits, step_violations
 
 Message = Mapping[str, object]
 """A chat turn such as {"role": "user", "content": "..."}."""
 Prompt = str | Items[int] | Items[Message]
 """Text, token ids, or chat turns."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What the loaded model and the settings allow."""
-
-    vocabulary: int
-    max_context: int
-    max_logprobs: int
-    max_outputs: int
-
-    @classmethod
-    def of(cls, config: EngineConfig, vocabulary: int, max_context: int) -> "Limits":
-        """Limits of an engine."""
-        return cls(vocabulary, max_context, config.max_logprobs, config.max_outputs)
 
 
 class Intake:
@@ -76,6 +61,7 @@ class Intake:
         request_id: str = "",
         deadline: float | None = None,
         whole: bool = False,
+        made: Items[Made] = (),
     ) -> Request:
         """A request for answers.
 
@@ -86,16 +72,70 @@ class Intake:
             request_id: made up if empty.
             deadline: on the clock of time.monotonic().
             whole: keep all events until the end.
+            made: what the outputs have already, by output index.
 
         Raises:
             InvalidRequest: with every field at fault.
         """
-        sampling = SamplingParams.checked({**self.tokenizer.sampling_defaults, **fields})
+        sampling = self._sampling(fields)
         self._check(prompt, sampling)
-        wanted = None if sampling.prompt_logprobs is None else 1
-        return Request(
-            request_id or new_id(), tuple(prompt), sampling, sink, deadline, wanted, whole
+        # What is made of output 0 went out behind the prompt's tokens.
+        told = bool(made) and bool(made[0].ids or made[0].ended)
+        return self._request(
+            prompt,
+            sampling,
+            sink,
+            made=made,
+            request_id=request_id,
+            deadline=deadline,
+            logprobs_from=None if sampling.prompt_logprobs is None or told else 1,
+            whole=whole,
         )
+
+    def stepping(
+        self,
+        prompt: Items[int],
+        fields: Mapping[str, object],
+        sink: Sink,
+        *,
+        candidates: int = 0,
+        generate: int = 0,
+        made: Items[Made] = (),
+        request_id: str = "",
+        deadline: float | None = None,
+    ) -> Request:
+        """A request for one answer that its caller steps.
+
+        Args:
+            prompt, fields, sink, made, request_id, deadline: see `generation`.
+            candidates: how many of the likeliest next tokens each response tells.
+            generate: tokens to choose right after the prompt.
+
+        Raises:
+            InvalidRequest: with every field at fault.
+        """
+        sampling = self._sampling(fields)
+        self._check(prompt, sampling, step_violations(sampling, made))
+        self.check_step((), generate, "open")
+        if not 0 <= candidates <= self.limits.vocabulary:
+            raise InvalidRequest.of(
+                "open.candidates", f"must lie between 0 and {self.limits.vocabulary} (vocabulary)"
+            )
+        return self._request(
+            prompt,
+            sampling,
+            sink,
+            made=made,
+            request_id=request_id,
+            deadline=deadline,
+            steps=Steps(candidates, generate),
+        )
+
+    def check_step(self, ids: Items[int], generate: int, field: str = "take") -> None:
+        """Raises InvalidRequest for ids outside the vocabulary or a count below zero."""
+        self._check_ids(f"{field}.ids", ids)
+        if generate < 0:
+            raise InvalidRequest.of(f"{field}.generate", "must not be below 0")
 
     def scoring(
         self,
@@ -122,60 +162,92 @@ class Intake:
             {"temperature": 0.0, "max_tokens": 0, "prompt_logprobs": candidates}
         )
         self._check(prompt, sampling, prompt_field="continuations")
-        return Request(request_id or new_id(), prompt, sampling, sink, deadline, start, True)
+        return self._request(
+            prompt,
+            sampling,
+            sink,
+            request_id=request_id,
+            deadline=deadline,
+            logprobs_from=start,
+            whole=True,
+        )
+
+    def _sampling(self, fields: Mapping[str, object]) -> SamplingParams:
+        return SamplingParams.checked({**self.tokenizer.sampling_defaults, **fields})
+
+    def _request(
+        self,
+        prompt: Items[int],
+        sampling: SamplingParams,
+        sink: Sink,
+        *,
+        request_id: str,
+        deadline: float | None,
+        made: Items[Made] = (),
+        logprobs_from: int | None = None,
+        whole: bool = False,
+        steps: Steps | None = None,
+    ) -> Request:
+        """A request whose prompt and parameters are right; what is open in them is decided."""
+        sampling = self._decided(sampling, len(prompt))
+        own = () if sampling.ignore_eos else self.tokenizer.stop_ids
+        stop_ids = frozenset((*own, *sampling.stop_token_ids))
+        if len(made) > sampling.n:
+            raise InvalidRequest.of("made", f"has {len(made)} entries for {sampling.n} answers")
+        filled = (*made, *[Made()] * (sampling.n - len(made)))
+        texts = tuple(
+            AnswerText(self.tokenizer, prompt, sampling, stop_ids) for _ in range(sampling.n)
+        )
+        for index, (each, text) in enumerate(zip(filled, texts, strict=True)):
+            self._replay(f"made[{index}].ids", each, text)
+        return Request(
+            id=request_id or new_id(),
+            prompt=tuple(prompt),
+            sampling=sampling,
+            sink=sink,
+            stop_ids=stop_ids,
+            made=filled,
+            texts=texts,
+            deadline=deadline,
+            logprobs_from=logprobs_from,
+            whole=whole,
+            steps=steps,
+        )
+
+    def _decided(self, sampling: SamplingParams, length: int) -> SamplingParams:
+        """With max_tokens and seed, behind a prompt of that length."""
+        room = self.limits.max_context - length
+        most = room if sampling.max_tokens is None else sampling.max_tokens
+        seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
+        return sampling.model_copy(update={"max_tokens": most, "seed": seed})
+
+    def _replay(self, field: str, made: Made, text: AnswerText) -> None:
+        """Bring an answer's text to where its made tokens have left it."""
+        self._check_ids(field, made.ids)
+        if len(made.ids) > text.most:
+            rule = f"has {len(made.ids)} tokens; the answer may have {text.most}"
+            raise InvalidRequest.of(field, rule)
+        for token in () if made.ended else made.ids:
+            if text.reason is not None:
+                raise InvalidRequest.of(
+                    field, f"goes on behind the answer's end, which is number {text.length - 1}"
+                )
+            text.push(token)
 
     def _check(
-        self, prompt: Items[int], sampling: SamplingParams, prompt_field: str = "prompt"
+        self,
+        prompt: Items[int],
+        sampling: SamplingParams,
+        more: Items[Violation] = (),
+        prompt_field: str = "prompt",
     ) -> None:
         found = [
-            *self._prompt_violations(prompt, sampling, prompt_field),
-            *self._sampling_violations(sampling),
+            *self.limits.prompt_violations(prompt, sampling, prompt_field),
+            *self.limits.sampling_violations(sampling),
+            *more,
         ]
         if found:
             raise InvalidRequest(found)
-
-    def _prompt_violations(
-        self, prompt: Items[int], sampling: SamplingParams, field: str
-    ) -> list[Violation]:
-        limit, length = self.limits.max_context, len(prompt)
-        if not length:
-            return [Violation(field, "is empty; give at least one token")]
-        if sampling.max_tokens == 0:
-            room = limit - length
-        else:  # an answer needs room for one token at least
-            room = limit - length - 1
-        if room < 0:
-            return [Violation(field, f"has {length} tokens, too long for a context of {limit}")]
-        if sampling.max_tokens and length + sampling.max_tokens > limit:
-            return [
-                Violation(
-                    "sampling.max_tokens",
-                    f"{sampling.max_tokens} answer tokens do not fit after {length} prompt tokens "
-                    f"in a context of {limit}; ask for at most {limit - length}",
-                )
-            ]
-        return []
-
-    def _sampling_violations(self, sampling: SamplingParams) -> list[Violation]:
-        limits, found = self.limits, []
-        if sampling.n > limits.max_outputs:
-            found.append(Violation("sampling.n", f"at most {limits.max_outputs} are allowed"))
-        for name, count in (
-            ("logprobs", sampling.logprobs),
-            ("prompt_logprobs", sampling.prompt_logprobs),
-        ):
-            if count is not None and count > limits.max_logprobs:
-                found.append(
-                    Violation(f"sampling.{name}", f"at most {limits.max_logprobs} are allowed")
-                )
-        for name, ids in (
-            ("stop_token_ids", sampling.stop_token_ids),
-            ("logit_bias", tuple(sampling.logit_bias)),
-        ):
-            wrong = self._outside(ids)
-            if wrong is not None:
-                found.append(Violation(f"sampling.{name}", self._outside_message(wrong)))
-        return found
 
     def _check_length(self, text: str) -> None:
         """Refuse a text that cannot fit before spending minutes on its tokens."""
@@ -188,15 +260,9 @@ class Intake:
             )
 
     def _check_ids(self, field: str, ids: Items[int]) -> None:
-        wrong = self._outside(ids)
+        wrong = self.limits.outside(ids)
         if wrong is not None:
-            raise InvalidRequest.of(field, self._outside_message(wrong))
-
-    def _outside(self, ids: Items[int]) -> int | None:
-        return next((token for token in ids if not 0 <= token < self.limits.vocabulary), None)
-
-    def _outside_message(self, token: int) -> str:
-        return f"token id {token} is outside the vocabulary of {self.limits.vocabulary}"
+            raise InvalidRequest.of(field, wrong)
 
 
 def new_id() -> str:

@@ -40,6 +40,8 @@ class BlockPool:
         self._by_hash: dict[bytes, int] = {}
         self.cached = 0
         """Free blocks that still hold a reusable prefix."""
+        self._distrusted: set[int] = set()
+        self._soiled: list[int] = []
 
     @property
     def free(self) -> int:
@@ -78,6 +80,9 @@ class BlockPool:
         self._references[block] -= 1
         if self._references[block] == 0:
             self._free[block] = None
+            if block in self._distrusted:
+                self._distrusted.remove(block)
+                self._soiled.append(block)
             if self._hash[block] is not None:
                 self.cached += 1
             else:  # nothing worth keeping: the first to be taken again
@@ -88,6 +93,24 @@ class BlockPool:
         if self._hash[block] is None and content not in self._by_hash:
             self._hash[block] = content
             self._by_hash[content] = block
+
+    def distrust(self, block: int) -> None:
+        """Let nobody find a block's content again, and have it wiped once nobody holds it."""
+        held = self._references[block] > 0
+        content = self._hash[block]
+        if content is not None:
+            del self._by_hash[content]
+            self._hash[block] = None
+            self.cached -= not held
+        if held:
+            self._distrusted.add(block)
+        else:
+            self._soiled.append(block)
+
+    def take_soiled(self) -> list[int]:
+        """Blocks that must be wiped before the next step reads or writes any; told once."""
+        soiled, self._soiled = self._soiled, []
+        return soiled
 
 
 class BlockManager:
@@ -172,6 +195,27 @@ class BlockManager:
                     pool.release(block)
         sequence.tables = ()
         sequence.computed = 0
+
+    def discard(self, sequence: Sequence) -> None:
+        """Give all blocks of a broken sequence back, so that nobody reads what it has written.
+
+        That includes blocks which have slid out of its windows but may still be found. Blocks that
+        other sequences hold stay theirs: whoever reads something broken finds out by itself.
+        """
+        for pool in self.pools:
+            for content in sequence.block_hashes:
+                block = pool.find(content)
+                if block is not None:
+                    pool.distrust(block)
+        for pool, table in zip(self.pools, sequence.tables, strict=False):
+            for block in table:
+                if block != SLID:
+                    pool.distrust(block)
+        self.release(sequence)
+
+    def take_soiled(self) -> list[list[int]]:
+        """For each pool the blocks that must be wiped before the next step; told once."""
+        return [pool.take_soiled() for pool in self.pools]
 
     def _first_needed(self, group: int, position: int) -> int:
         """Index of the oldest block that a query at `position` may look into."""

@@ -14,6 +14,8 @@ class State(Enum):
 
     WAITING = "waiting"
     RUNNING = "running"
+    PARKED = "parked"
+    """Has nothing to compute until its caller's next step."""
     FINISHED = "finished"
 
 

@@ -21,6 +21,7 @@ from ...protos import worker_pb2, worker_pb2_grpc
 from ..config import WorkerConfig
 from ..engine import Engine
 from ..loading import Progress
+from .credentials import check_exposure, interceptors
 from .service import WorkerService
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class WorkerServer:
         on_broken: called once if the engine dies under a running server.
 
     Raises:
-        CheckpointError, ConfigError: the engine cannot be started.
+        CheckpointError, ConfigError: the engine cannot be started, or anybody could call it.
         OSError: the address cannot be bound.
     """
 
@@ -51,6 +52,7 @@ class WorkerServer:
         progress: Progress | None = None,
         on_broken: Callable[[], None] = lambda: None,
     ) -> None:
+        check_exposure(config)
         self.config = config
         self.incarnation = secrets.token_hex(8)
         """Tells this process from the one before it."""
@@ -90,6 +92,7 @@ class WorkerServer:
     async def _start(self) -> str:
         limit = self.config.max_message_mib * 2**20
         self._server = grpc.aio.server(
+            interceptors=interceptors(self.config),
             options=[
                 ("grpc.max_receive_message_length", limit),
                 ("grpc.max_send_message_length", limit),
@@ -98,7 +101,7 @@ class WorkerServer:
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
                 ("grpc.so_reuseport", 0),
-            ]
+            ],
         )
         self._service = WorkerService(
             self.engine, self.config, self.incarnation, self._close_health

@@ -20,17 +20,24 @@ from ..engine import Engine
 from ..errors import ConclaveError, InvalidRequest, Unavailable
 from ..requests.completion import Completion
 from ..requests.completion import Score as ScoreResult
-from ..requests.events import Delta, Event, Failed, Finished, Request, Sink, TokenRecord
-from ..requests.intake import new_id
+from ..requests.events import (
+    Delta,
+    Event,
+    Failed,
+    Finished,
+    Stepped,
+    TokenRecord,
+    Usage,
+)
 from . import wire
+from .asks import Asks, Build
 from .conversation import MESSAGE_BYTES, Conversation
+from .stepping import StepCall
 
-_LONG_TEXT = 4000
-"""Characters above which tokenising would hold the loop up for a millisecond or more."""
+_PAUSE, _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.5, 0.05, 3600.0
+"""Seconds between two heartbeats: default, least, most."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
-Build = Callable[[Sink], Request]
-"""A checked request that only lacks its sink."""
 
 
 class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
@@ -55,14 +62,11 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         self._incarnation = incarnation
         self._stop_serving = stop_serving
         self._model = config.engine.model.resolve().name
-        self._closed_reason: str | None = "the worker is warming up"
-        self._open: set[str] = set()
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._asks = Asks(engine.intake)
 
     def open_doors(self) -> None:
         """Take requests from now on."""
-        self._closed_reason = None
+        self._asks.closed_reason = None
 
     # -- rpcs ----------------------------------------------------------------------------------
 
@@ -94,7 +98,8 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
         told = False
         try:
-            async for event in self._answer(await self._build(request, context)):
+            build = await self._asks.generation(request, _deadline(context))
+            async for event in self._answer(build):
                 if isinstance(event, Failed) and not told:
                     raise event.error
                 told = True
@@ -108,7 +113,8 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         deltas: list[Delta] = []
         request.whole = True
         try:
-            async for event in self._answer(await self._build(request, context)):
+            build = await self._asks.generation(request, _deadline(context))
+            async for event in self._answer(build):
                 if isinstance(event, Delta):
                     deltas.append(event)
                     continue
@@ -123,7 +129,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         self, request: generation_pb2.ScoreRequest, context: Context
     ) -> generation_pb2.ScoreResponse:
         try:
-            first, *rest = await self._score_requests(request, context)
+            first, *rest = await self._asks.scoring(request, _deadline(context))
             # The first one leaves the context's blocks in the prefix cache for the others.
             scores = [await self._score(first)]
             async with asyncio.TaskGroup() as group:
@@ -133,13 +139,32 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             await _abort(context, _first(errors))
         return generation_pb2.ScoreResponse(
             request_id=request.request_id,
-            scores=[wire.score(each, request.HasField("logprobs")) for each in scores],
+            scores=[wire.score(each, request.HasField("logprobs")) for each, _ in scores],
             worker=self._config.name,
             model=self._model,
+            usage=wire.usage(_sum([spent for _, spent in scores])),
         )
 
     async def Converse(self, requests: object, context: Context) -> None:
         await Conversation(self, self._message_bytes(context)).run(context)
+
+    async def Step(self, requests: object, context: Context) -> None:
+        deadline = _deadline(context)
+        about = worker_pb2.StepOpened(
+            worker=self._config.name,
+            model=self._model,
+            vocab_size=self._engine.intake.limits.vocabulary,
+            tokenizer_fingerprint=self._engine.model.tokenizer.fingerprint,
+        )
+        try:
+            await StepCall(
+                self._engine,
+                lambda message: self._asks.stepping(message, deadline),
+                self._asks.open,
+                about,
+            ).run(context)
+        except ConclaveError as error:
+            await _abort(context, error)
 
     async def Drain(
         self, request: worker_pb2.DrainRequest, context: Context
@@ -151,28 +176,20 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
     async def GetLoad(
         self, request: worker_pb2.GetLoadRequest, context: Context
     ) -> worker_pb2.GetLoadResponse:
-        load = self._engine.load
-        return worker_pb2.GetLoadResponse(
-            running_sequences=load.running,
-            waiting_sequences=load.waiting,
-            outstanding_tokens=load.outstanding_tokens,
-            pools=[
-                worker_pb2.BlockPool(
-                    window=pool.window or 0,
-                    blocks=pool.blocks,
-                    used=pool.used,
-                    cached=pool.cached,
-                )
-                for pool in load.pools
-            ],
-            prompt_tokens=load.prompt_tokens,
-            cached_tokens=load.cached_tokens,
-            completion_tokens=load.completion_tokens,
-            preemptions=load.preemptions,
-            steps=load.steps,
-            tokens_per_second=load.tokens_per_second,
-            draining=self._closed_reason is not None,
-        )
+        return self._load()
+
+    async def WatchLoad(
+        self, request: worker_pb2.WatchLoadRequest, context: Context
+    ) -> AsyncIterator[worker_pb2.GetLoadResponse]:
+        pause = _PAUSE
+        if request.HasField("interval_seconds"):
+            pause = request.interval_seconds
+        if not _SHORTEST_PAUSE <= pause <= _LONGEST_PAUSE:  # NaN is refused too
+            rule = f"must lie between {_SHORTEST_PAUSE} and {_LONGEST_PAUSE} seconds"
+            await _abort(context, InvalidRequest.of("interval_seconds", rule))
+        while True:
+            yield self._load()
+            await asyncio.sleep(pause)
 
     async def drain(self, grace: float | None) -> tuple[int, int]:
         """Refuse new asks, wait for the open ones; returns how many ended and how many were ended.
@@ -180,107 +197,57 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         Args:
             grace: seconds to wait; None waits for all.
         """
-        self._closed_reason = "the worker is draining; ask another one"
+        self._asks.closed_reason = "the worker is draining; ask another one"
         self._stop_serving()
-        before = len(self._open)
+        before = len(self._asks.open.ids)
         try:
-            await asyncio.wait_for(self._idle.wait(), grace)
+            await asyncio.wait_for(self._asks.open.ended(), grace)
         except TimeoutError:
             pass
-        left = list(self._open)
+        left = list(self._asks.open.ids)
         for request_id in left:
             self._engine.abort(request_id, Unavailable("the worker has been drained"))
         return before - len(left), len(left)
 
     # -- one request ---------------------------------------------------------------------------
 
-    async def _build(self, message: generation_pb2.GenerateRequest, context: Context) -> Build:
-        """Check and tokenise; what is left open is where the events go."""
-        self._check_open()
-        deadline = _deadline(context)
-        message.request_id = message.request_id or new_id()
-        intake = self._engine.intake
-        fields = wire.sampling_fields(message.sampling)
-        ids = await self._prompt_ids(message.prompt, "prompt")
-        return lambda sink: intake.generation(
-            ids,
-            fields,
-            sink,
-            request_id=message.request_id,
-            deadline=deadline,
-            whole=message.whole,
-        )
-
-    async def _score_requests(
-        self, message: generation_pb2.ScoreRequest, context: Context
-    ) -> list[Build]:
-        self._check_open()
-        deadline = _deadline(context)
-        message.request_id = message.request_id or new_id()
-        if not message.continuations:
-            raise InvalidRequest.of("continuations", "is empty; give at least one")
-        start: list[int] = []
-        if message.HasField("context"):
-            start = await self._prompt_ids(message.context, "context")
-        intake = self._engine.intake
-
-        def scoring(index: int, continuation: generation_pb2.Continuation) -> Build:
-            ids = wire.continuation_ids(intake, continuation, f"continuations[{index}]")
-            return lambda sink: intake.scoring(
-                start,
-                ids,
-                sink,
-                candidates=message.logprobs,
-                request_id=f"{message.request_id}/{index}",
-                deadline=deadline,
-            )
-
-        return [scoring(index, each) for index, each in enumerate(message.continuations)]
-
-    async def _score(self, build: Build) -> ScoreResult:
+    async def _score(self, build: Build) -> tuple[ScoreResult, Usage]:
         tokens: list[TokenRecord] = []
         async for event in self._answer(build):
             if isinstance(event, Failed):
                 raise event.error
             if isinstance(event, Delta):
                 tokens.extend(event.prompt_tokens)
-        return ScoreResult.of(tuple(tokens))
+                continue
+            spent = event.usage
+        return ScoreResult.of(tuple(tokens)), spent
 
-    async def _answer(self, build: Build) -> AsyncIterator[Event]:
+    async def _answer(self, build: Build) -> AsyncIterator[Delta | Finished | Failed]:
         """Submit a request and yield its events; leaving early takes it out of the engine."""
         loop, arrived = asyncio.get_running_loop(), asyncio.Queue[Items[Event]]()
-        request = build(lambda events: _pass_on(loop, arrived, events))
+        request = await build(lambda events: _pass_on(loop, arrived, events))
         self._engine.submit(request)
-        self._open.add(request.id)
-        self._idle.clear()
         ended = False
-        try:
-            while not ended:
-                for event in await arrived.get():
-                    ended = isinstance(event, Finished | Failed)
-                    yield event
-        finally:
-            if not ended:
-                self._engine.abort(request.id)
-            self._open.discard(request.id)
-            if not self._open:
-                self._idle.set()
+        with self._asks.open.track(request.id):
+            try:
+                while not ended:
+                    for event in await arrived.get():
+                        assert not isinstance(event, Stepped)
+                        ended = isinstance(event, Finished | Failed)
+                        yield event
+            finally:
+                if not ended:
+                    self._engine.abort(request.id)
 
-    async def _prompt_ids(self, prompt: generation_pb2.Prompt, field: str) -> list[int]:
-        intake = self._engine.intake
-        if prompt.ByteSize() > _LONG_TEXT:
-            return await asyncio.to_thread(wire.prompt_ids, intake, prompt, field)
-        return wire.prompt_ids(intake, prompt, field)
+    def _load(self) -> worker_pb2.GetLoadResponse:
+        engine = self._engine
+        return wire.load(engine.load, engine.step_age, self._asks.closed_reason is not None)
 
     def _message_bytes(self, context: Context) -> int:
         """What both sides can take in one message, less room for its envelope."""
         own = self._config.max_message_mib * 2**20
         theirs = dict(context.invocation_metadata() or ()).get(MESSAGE_BYTES)
         return (min(own, int(theirs)) if theirs else own) - 1024
-
-    def _check_open(self) -> None:
-        if self._closed_reason is not None:
-            raise Unavailable(self._closed_reason)
 
 
 def _pass_on(
@@ -297,6 +264,16 @@ async def _abort(context: Context, error: ConclaveError) -> NoReturn:
     code, message, trailing = wire.status(error)
     await context.abort(code, message, trailing)
     raise AssertionError("abort returned")
+
+
+def _sum(spent: Items[Usage]) -> Usage:
+    """What several requests cost together; a context that they share counts for each."""
+    return Usage(
+        prompt_tokens=sum(each.prompt_tokens for each in spent),
+        cached_tokens=sum(each.cached_tokens for each in spent),
+        completion_tokens=0,
+        preemptions=sum(each.preemptions for each in spent),
+    )
 
 
 def _first(errors: BaseExceptionGroup[ConclaveError]) -> ConclaveError:

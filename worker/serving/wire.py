@@ -10,14 +10,17 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from ...protos import generation_pb2 as pb
+from ...protos import worker_pb2
 from ..errors import (
     Cancelled,
     ConclaveError,
     DeadlineExceeded,
     InvalidRequest,
     Overloaded,
+    Unauthenticated,
     Unavailable,
 )
+from ..load import Load
 from ..requests import events
 from ..requests.completion import Completion, Score
 from ..requests.intake import Intake
@@ -29,6 +32,7 @@ _CODES: dict[type[ConclaveError], int] = {
     InvalidRequest: code_pb2.INVALID_ARGUMENT,
     Overloaded: code_pb2.RESOURCE_EXHAUSTED,
     Unavailable: code_pb2.UNAVAILABLE,
+    Unauthenticated: code_pb2.UNAUTHENTICATED,
     DeadlineExceeded: code_pb2.DEADLINE_EXCEEDED,
     Cancelled: code_pb2.CANCELLED,
 }
@@ -77,7 +81,17 @@ def sampling_fields(sampling: pb.SamplingParams) -> dict[str, object]:
     return fields
 
 
-def response(request_id: str, event: events.Event, worker: str, model: str) -> pb.GenerateResponse:
+def made(message: pb.GenerateRequest) -> tuple[events.Made, ...]:
+    """What the outputs have already."""
+    return tuple(events.Made(tuple(each.ids), each.ended) for each in message.made)
+
+
+def response(
+    request_id: str,
+    event: events.Delta | events.Finished | events.Failed,
+    worker: str,
+    model: str,
+) -> pb.GenerateResponse:
     """One event as a message."""
     message = pb.GenerateResponse(request_id=request_id)
     if isinstance(event, events.Delta):
@@ -174,15 +188,10 @@ def _json(text: str, field: str, kind: type) -> Any:
 
 
 def _finished(event: events.Finished, worker: str, model: str) -> pb.Finished:
-    usage, timings = event.usage, event.timings
+    timings = event.timings
     return pb.Finished(
-        outputs=map(_output_end, event.outputs),
-        usage=pb.Usage(
-            prompt_tokens=usage.prompt_tokens,
-            cached_tokens=usage.cached_tokens,
-            completion_tokens=usage.completion_tokens,
-            preemptions=usage.preemptions,
-        ),
+        outputs=map(output_end, event.outputs),
+        usage=usage(event.usage),
         timings=pb.Timings(
             queued=timings.queued, first_token=timings.first_token, total=timings.total
         ),
@@ -191,7 +200,41 @@ def _finished(event: events.Finished, worker: str, model: str) -> pb.Finished:
     )
 
 
-def _output_end(end: events.OutputEnd) -> pb.OutputEnd:
+def usage(spent: events.Usage) -> pb.Usage:
+    """Tokens of a request as a message."""
+    return pb.Usage(
+        prompt_tokens=spent.prompt_tokens,
+        cached_tokens=spent.cached_tokens,
+        completion_tokens=spent.completion_tokens,
+        preemptions=spent.preemptions,
+    )
+
+
+def load(state: Load, step_age: float, draining: bool) -> worker_pb2.GetLoadResponse:
+    """How busy an engine is, as a message."""
+    return worker_pb2.GetLoadResponse(
+        running_sequences=state.running,
+        waiting_sequences=state.waiting,
+        outstanding_tokens=state.outstanding_tokens,
+        pools=[
+            worker_pb2.BlockPool(
+                window=pool.window or 0, blocks=pool.blocks, used=pool.used, cached=pool.cached
+            )
+            for pool in state.pools
+        ],
+        prompt_tokens=state.prompt_tokens,
+        cached_tokens=state.cached_tokens,
+        completion_tokens=state.completion_tokens,
+        preemptions=state.preemptions,
+        steps=state.steps,
+        tokens_per_second=state.tokens_per_second,
+        draining=draining,
+        step_age_seconds=step_age,
+    )
+
+
+def output_end(end: events.OutputEnd) -> pb.OutputEnd:
+    """One output's end as a message."""
     message = pb.OutputEnd(
         output_index=end.output_index,
         reason=_REASONS[end.reason],

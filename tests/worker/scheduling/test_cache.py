@@ -173,3 +173,42 @@ def test_no_block_is_lost_and_no_writer_shares(
         blocks.release(sequence)
     assert used(blocks) == [0, 0]
     assert all(p.cached == sum(h is not None for h in p._hash) for p in blocks.pools)
+
+
+def test_broken_content_is_never_found_again(make_sequence: MakeSequence) -> None:
+    blocks = manager(window=8)
+    broken = make_sequence(list(range(40)))
+    compute(blocks, broken, chunk=4)
+    held = [block for block in broken.tables[0] if block != SLID]
+    blocks.discard(broken)
+    full, sliding = blocks.take_soiled()
+    assert sorted(full) == sorted(held)
+    assert len(sliding) == 10, "blocks that had slid out were reusable too"
+    assert blocks.take_soiled() == [[], []]
+    assert [use.cached for use in blocks.use()] == [0, 0]
+    again = make_sequence(list(range(40)))
+    compute(blocks, again)
+    assert used(blocks)[0] == 10
+    blocks.release(again)
+    assert used(blocks) == [0, 0]
+
+
+def test_broken_blocks_that_others_hold_are_wiped_when_those_let_go(
+    make_sequence: MakeSequence,
+) -> None:
+    blocks = manager(window=None)
+    first, second = make_sequence(list(range(9))), make_sequence(list(range(10)))
+    compute(blocks, first)
+    compute(blocks, second)
+    shared = second.tables[0][:2]
+    assert shared == first.tables[0][:2]
+    own = second.tables[0][2:]
+    blocks.discard(second)
+    assert blocks.take_soiled()[0] == own
+    newcomer = make_sequence(list(range(10)))
+    compute(blocks, newcomer)
+    assert not set(newcomer.tables[0]) & set(shared)
+    blocks.release(first)
+    assert sorted(blocks.take_soiled()[0]) == sorted(shared)
+    blocks.release(newcomer)
+    assert used(blocks) == [0, 0]
