@@ -5,13 +5,17 @@ engine's knobs are those of `conclave.worker.config.EngineConfig`, not a copy of
 includes, variables and overlays; a fleet is one file that can be read from top to bottom.
 """
 
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
+from google.protobuf import json_format
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -23,9 +27,12 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from ..protos.ensemble_pb2 import EnsembleSpec
 from ..worker.config import EngineConfig, WorkerConfig
 from ..worker.errors import ConfigError
+from .security.settings import SecurityConfig
 
+Surge = Literal["auto", "always", "never"]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
@@ -41,7 +48,7 @@ class GatewayConfig(_Section):
     """The one door of the fleet."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 opens it to other machines, without encryption."""
+    """Address to listen on; beyond the loopback only with `security`."""
     port: int = Field(default=50051, ge=0, le=65535)
     """0 takes a free port."""
     max_message_mib: int = Field(default=64, gt=0)
@@ -50,12 +57,49 @@ class GatewayConfig(_Section):
     """Workers an unanswered ask may be tried on."""
     wait_for_worker_seconds: float = Field(default=10.0, ge=0)
     """How long an ask waits if no worker serves, but one is starting."""
+    max_queued_requests: int = Field(default=1024, ge=0)
+    """Asks that may wait for room at a worker; further ones get RESOURCE_EXHAUSTED."""
+    max_queued_tokens: int = Field(default=4_000_000, ge=0)
+    """The same in tokens, prompts and longest answers together."""
+    retry_share: float = Field(default=0.1, ge=0, le=1)
+    """Retries and resumed streams for each ask, on average."""
+    retry_reserve: float = Field(default=256.0, ge=0)
+    """Retries and resumes that may come at once, when a worker dies."""
+    hedge_share: float = Field(default=0.1, ge=0, le=1)
+    """Hedges for each ask, on average."""
+    hang_seconds: float = Field(default=3.0, gt=0)
+    """A worker without a heartbeat for that long is taken to hang; its streams move."""
+    stuck_seconds: float = Field(default=30.0, gt=0)
+    """The same for an engine whose step does not end."""
     grace_seconds: float = Field(default=30.0, ge=0)
     """How long running asks may go on when the fleet stops."""
     reflection: bool = True
     """Lets tools such as grpcurl list the services."""
+    security: SecurityConfig = SecurityConfig()
+    ensembles: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Presets: ensembles that an ask can name. The fields of EnsembleSpec (protos/ensemble.proto),
+    such as `{vote: {}, count: 3}`."""
     one_core: bool = True
     """Keeps the gateway's threads on one core, which lowers latency; it can use little more."""
+
+    @field_validator("ensembles")
+    @classmethod
+    def _are_specs(cls, ensembles: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, fields in ensembles.items():
+            try:
+                spec = json_format.ParseDict(fields, EnsembleSpec())
+            except json_format.ParseError as error:
+                raise ValueError(f"`{name}` is not an ensemble: {error}") from None
+            if spec.WhichOneof("strategy") is None:
+                raise ValueError(f"`{name}` has no strategy; set one, such as `vote: {{}}`")
+        return ensembles
+
+    def presets(self) -> dict[str, EnsembleSpec]:
+        """The ensembles as messages."""
+        return {
+            name: json_format.ParseDict(fields, EnsembleSpec())
+            for name, fields in self.ensembles.items()
+        }
 
 
 class Resources(_Section):
@@ -74,8 +118,26 @@ class WorkerGroup(_Section):
     """Workers that differ only in their names."""
 
     name: str = Field(pattern=NAME_PATTERN)
-    """The worker's name; with more than one replica NAME-0, NAME-1 and so on."""
-    replicas: int = Field(default=1, ge=0)
+    """The worker's name; where there may be several NAME-0, NAME-1 and so on."""
+    replicas: int | None = Field(default=None, ge=0)
+    """A fixed number of workers, 1 if `max` is not given either."""
+    min: int | None = Field(default=None, ge=0)
+    """Fewest workers of a group that scales, 1 if only `max` is given. With 0 the first ask waits
+    for a worker to start: raise `gateway.wait_for_worker_seconds`."""
+    max: int | None = Field(default=None, ge=1)
+    """Most workers of a group that scales; instead of `replicas`."""
+    target_load: float = Field(default=0.7, gt=0)
+    """There are as many workers as keep open answers at this share of `engine.max_sequences`."""
+    scale_down_after_seconds: float = Field(default=300.0, ge=0)
+    """How long fewer workers must have been enough before one goes."""
+    drain_seconds: float | None = Field(default=None, ge=0)
+    """How long a worker's running answers may go on when it is scaled down or replaced; null lets
+    all of them end."""
+    surge: Surge = "auto"
+    """Whether a worker's replacement starts before the worker goes. `auto`: if a node has room for
+    it now. `always`: waits for room, as where nodes start on demand. `never`: it goes first."""
+    revision: str = ""
+    """A free word; changing it replaces the workers, as any other change of their settings does."""
     engine: EngineConfig
     """A relative `model` is looked for beside the fleet file."""
     resources: Resources = Resources()
@@ -83,7 +145,7 @@ class WorkerGroup(_Section):
     """Free words for selecting workers."""
     detached: bool = False
     """Keeps the workers alive when the process that serves the fleet ends; the next one that serves
-    it takes them over as they are, with the settings they were started with."""
+    it takes them over."""
 
     @field_validator("engine")
     @classmethod
@@ -93,25 +155,65 @@ class WorkerGroup(_Section):
             return engine
         return engine.model_copy(update={"model": folder / engine.model})
 
+    @model_validator(mode="after")
+    def _one_size(self) -> "WorkerGroup":
+        if self.replicas is not None and (self.min is not None or self.max is not None):
+            raise ValueError("give `replicas`, or `min` and `max`, not both")
+        if self.min is not None and self.max is None:
+            raise ValueError("`min` needs a `max`; for a fixed number give `replicas`")
+        if self.smallest > self.largest:
+            raise ValueError(f"`min` is {self.smallest}, more than `max`, which is {self.largest}")
+        return self
+
+    @property
+    def smallest(self) -> int:
+        """Fewest workers."""
+        if self.max is None:
+            return self.largest
+        return 1 if self.min is None else self.min
+
+    @property
+    def largest(self) -> int:
+        """Most workers."""
+        if self.max is not None:
+            return self.max
+        return 1 if self.replicas is None else self.replicas
+
     def names(self) -> tuple[str, ...]:
-        """The names of this group's workers."""
-        if self.replicas == 1:
+        """The names of this group's workers, as many as there may be."""
+        if self.largest == 1:
             return (self.name,)
-        return tuple(f"{self.name}-{index}" for index in range(self.replicas))
+        return tuple(f"{self.name}-{index}" for index in range(self.largest))
 
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """One worker the fleet shall have: what it runs and what it is given."""
+    """One worker the fleet may have: what it runs and what it is given."""
 
     config: WorkerConfig
     resources: Resources
     detached: bool
+    group: str = ""
+    revision: str = ""
 
     @property
     def name(self) -> str:
         """Unique in the fleet."""
         return self.config.name
+
+    @cached_property
+    def version(self) -> str:
+        """Of its settings: workers of another version are replaced."""
+        settings = {
+            "engine": self.config.engine.model_dump(mode="json"),
+            "labels": self.config.labels,
+            "max_message_mib": self.config.max_message_mib,
+            "resources": self.resources.model_dump(mode="json"),
+            "detached": self.detached,
+            "revision": self.revision,
+        }
+        text = json.dumps(settings, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 class FleetConfig(_Section):
@@ -154,8 +256,14 @@ class FleetConfig(_Section):
             lines = [_explain(detail) for detail in error.errors()]
             raise FleetConfigError("\n".join(f"{source}: {line}" for line in lines)) from error
 
+    def first_names(self) -> tuple[str, ...]:
+        """The workers that are declared before any has been seen: of every group at least one."""
+        return tuple(
+            name for group in self.workers for name in group.names()[: max(1, group.smallest)]
+        )
+
     def specs(self) -> tuple[WorkerSpec, ...]:
-        """Every worker the fleet shall have, in the order of the file."""
+        """Every worker the fleet may have, in the order of the file."""
         return tuple(
             WorkerSpec(
                 config=WorkerConfig(
@@ -166,6 +274,8 @@ class FleetConfig(_Section):
                 ),
                 resources=group.resources,
                 detached=group.detached,
+                group=group.name,
+                revision=group.revision,
             )
             for group in self.workers
             for name in group.names()
@@ -180,7 +290,9 @@ def _explain(detail: ErrorDetails) -> str:
         return f"{place}: is missing"
     message = detail["msg"].removeprefix("Value error, ")
     given = detail["input"]
-    shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
+    # Who puts a token where its hash belongs shall not find it in a log.
+    tells = isinstance(given, str | int | float | bool) and "security" not in detail["loc"]
+    shown = f" (given: {given!r})" if tells else ""
     return f"{place}: {message}{shown}" if place else message
 
 

@@ -21,9 +21,11 @@ from ..worker.errors import (
     DeadlineExceeded,
     InvalidRequest,
     Overloaded,
+    Unauthenticated,
     Unavailable,
     Violation,
 )
+from .ensemble.calls import QuorumNotMet
 from .routing.router import WorkerNotFound
 
 DETAILS_KEY = "grpc-status-details-bin"
@@ -75,6 +77,17 @@ class Failure(Exception):
         """Seconds after which to try again, if whoever refused said so."""
         return _unpack(self.details)[1]
 
+    @property
+    def is_overload(self) -> bool:
+        """A full worker; one that does not say when to retry met a message too large for all."""
+        full = self.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        return full and self.retry_after is not None
+
+    @property
+    def says_more(self) -> bool:
+        """Whether it tells a caller what to do, and not only that a worker failed."""
+        return self.is_overload or self.code is grpc.StatusCode.INVALID_ARGUMENT
+
     @classmethod
     def of_event(cls, error: generation_pb2.Error) -> "Failure":
         """The failure that a worker told in its first event instead of a status."""
@@ -124,7 +137,9 @@ def error_of_status(code: grpc.StatusCode, message: str, details: bytes | None) 
         return Overloaded(message, retry_after)
     plain: dict[grpc.StatusCode, type[ConclaveError]] = {
         grpc.StatusCode.NOT_FOUND: WorkerNotFound,
+        grpc.StatusCode.ABORTED: QuorumNotMet,
         grpc.StatusCode.UNAVAILABLE: Unavailable,
+        grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
         grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
         grpc.StatusCode.CANCELLED: Cancelled,
     }
@@ -152,6 +167,10 @@ def _describe(error: ConclaveError) -> tuple[grpc.StatusCode, Message]:
     code = grpc.StatusCode.INTERNAL
     if isinstance(error, WorkerNotFound):
         code = grpc.StatusCode.NOT_FOUND
+    elif isinstance(error, QuorumNotMet):
+        code = grpc.StatusCode.ABORTED
+    elif isinstance(error, Unauthenticated):
+        code = grpc.StatusCode.UNAUTHENTICATED
     elif isinstance(error, DeadlineExceeded):
         code = grpc.StatusCode.DEADLINE_EXCEEDED
     return code, _error_info(code)

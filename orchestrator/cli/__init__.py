@@ -14,6 +14,7 @@ from .ask import generate, score
 from .demo import demo
 from .output import errors
 from .run import serve, stop, workers
+from .tokens import token
 
 WRONG_INPUT = (ConfigError, InvalidRequest)
 
@@ -38,7 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="An ensemble of single-GPU Gemma 4 workers, orchestrated over gRPC.",
 )
-for command in (serve, stop, workers, generate, score, demo):
+for command in (serve, stop, workers, generate, score, token, demo):
     app.command()(command)
 
 

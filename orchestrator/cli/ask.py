@@ -1,5 +1,6 @@
 """`conclave generate` and `conclave score`: one request from the shell."""
 
+import json
 import sys
 from typing import Annotated
 
@@ -17,10 +18,14 @@ from .options import (
     Model,
     Names,
     Timeout,
+    TlsCa,
+    TlsCert,
+    TlsKey,
+    Token,
     pairs,
     selection,
 )
-from .output import console, errors, print_json
+from .output import console, errors, member_table, print_json
 
 Number = Annotated[float | None, typer.Option()]
 Count = Annotated[int | None, typer.Option(min=0)]
@@ -54,11 +59,24 @@ def generate(
     special_tokens: Annotated[bool, typer.Option("--special-tokens", help="show them")] = False,
     logprobs: Annotated[int | None, typer.Option(help="candidates a token; with --json")] = None,
     prompt_logprobs: Annotated[int | None, typer.Option(help="same for the prompt")] = None,
+    ensemble: Annotated[
+        str | None,
+        typer.Option(help="a preset of the fleet file, or a spec as JSON: '{\"vote\": {}}'"),
+    ] = None,
+    priority: Annotated[int | None, typer.Option(min=0, max=9, help="in the queue")] = None,
+    session: Annotated[str | None, typer.Option(help="keeps asks on one worker")] = None,
+    resume: Annotated[
+        bool | None, typer.Option("--resume/--no-resume", help="go on if the worker dies")
+    ] = None,
     worker: Names = None,
     model: Model = "",
     label: Labels = None,
     address: Address = DEFAULT_ADDRESS,
     timeout: Timeout = DEFAULT_TIMEOUT,
+    token: Token = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
 ) -> None:
     """Answer a prompt."""
     options: dict[str, object] = {
@@ -84,13 +102,19 @@ def generate(
         "select": selection(worker, model, label),
         "thinking": thinking,
         "timeout": timeout,
+        "ensemble": _ensemble(ensemble),
+        "priority": priority,
+        "session": session,
+        "resume": resume,
     }
     text = sys.stdin.read() if prompt == "-" else prompt
     chosen: Options = {k: v for k, v in options.items() if v is not None}  # type: ignore[assignment]
     if chat or system is not None:
         turns = [Message("system", system)] if system is not None else []
         chosen["messages"] = [*turns, Message("user", text)]
-    with Client(address) as client:
+    with Client(
+        address, token=token, ca=tls_ca, certificate=tls_cert, private_key=tls_key
+    ) as client:
         run = _stream if stream else _complete
         run(client, None if "messages" in chosen else text, chosen, as_json)
 
@@ -105,9 +129,20 @@ def score(
     label: Labels = None,
     address: Address = DEFAULT_ADDRESS,
     timeout: Timeout = DEFAULT_TIMEOUT,
+    token: Token = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
 ) -> None:
     """Tell how likely each continuation is after a context."""
-    with Client(address, timeout=timeout) as client:
+    with Client(
+        address,
+        timeout=timeout,
+        token=token,
+        ca=tls_ca,
+        certificate=tls_cert,
+        private_key=tls_key,
+    ) as client:
         scores = client.score(
             context or None,
             continuations,
@@ -159,6 +194,18 @@ def _footer(completion: Completion) -> None:
             f"[dim]{completion.worker}: {usage.prompt_tokens} + {usage.completion_tokens} tokens, "
             f"{completion.timings.total:.2f} s, {completion.finish_reason}[/]"
         )
+        if completion.ensemble is not None:
+            errors.print(member_table(completion.ensemble))
+
+
+def _ensemble(text: str | None) -> object:
+    """A preset's name, or the mapping that a JSON object says."""
+    if text is None or not text.lstrip().startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InvalidRequest.of("--ensemble", f"is not JSON: {error}") from None
 
 
 def _bias(texts: list[str] | None) -> dict[int, float] | None:

@@ -1,5 +1,6 @@
 """Options that several commands share, and the parsing of their small languages."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,6 +10,20 @@ from ..client import DEFAULT_ADDRESS, DEFAULT_TIMEOUT, Select
 
 Address = Annotated[str, typer.Option(envvar="CONCLAVE_ADDRESS", help="host:port of the gateway")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+Token = Annotated[
+    str | None,
+    typer.Option(envvar="CONCLAVE_TOKEN", help="bearer token; other users see what is typed here"),
+]
+TlsCa = Annotated[
+    str | None,
+    typer.Option(
+        envvar="CONCLAVE_TLS_CA", help="PEM file of the gateway's authority, or `public`; means TLS"
+    ),
+]
+TlsCert = Annotated[
+    Path | None, typer.Option(envvar="CONCLAVE_TLS_CERT", help="PEM file of your own certificate")
+]
+TlsKey = Annotated[Path | None, typer.Option(envvar="CONCLAVE_TLS_KEY", help="its private key")]
 Timeout = Annotated[float, typer.Option(help="seconds until the request is given up")]
 Names = Annotated[list[str] | None, typer.Option("--worker", help="only this worker; repeatable")]
 Model = Annotated[str, typer.Option(help="only workers with this model")]
@@ -26,6 +41,10 @@ __all__ = [
     "Model",
     "Names",
     "Timeout",
+    "TlsCa",
+    "TlsCert",
+    "TlsKey",
+    "Token",
     "pairs",
     "selection",
 ]

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..client import Ensemble
 from ..routing.registry import WorkerState
 
 # A file or a pipe has no width: nothing is cut off there.
@@ -47,6 +48,28 @@ def worker_table(workers: Iterable[Any]) -> Table:
             str(worker.served_requests),
             str(worker.restarts),
             escape(worker.reason),
+        )
+    return table
+
+
+def member_table(ensemble: Ensemble) -> Table:
+    """Who did what in an ensemble."""
+    table = Table(box=None, header_style="dim", style="dim", pad_edge=False)
+    for column in ("member", "worker", "role", "state", "agreed", "tokens", "seconds", "logprob"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("says")
+    for member in ensemble.members:
+        logprob = "" if member.mean_logprob is None else f"{member.mean_logprob:.3f}"
+        table.add_row(
+            str(member.member),
+            member.worker,
+            member.role,
+            member.state,
+            "yes" if member.agreed else "no",
+            str(member.completion_tokens),
+            f"{member.total:.2f}",
+            logprob,
+            escape(member.reason or member.answer or ""),
         )
     return table
 

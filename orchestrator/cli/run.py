@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import signal
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,12 +13,25 @@ import typer
 import uvloop
 from rich.markup import escape
 
-from ...worker.errors import Unavailable
+from ...worker.errors import ConfigError, Unavailable
 from ..client import Client
 from ..config import FleetConfig
 from ..gateway.affinity import keep_to_one_core
 from ..routing.registry import Worker, WorkerState
-from .options import DEFAULT_ADDRESS, Address, AsJson, Labels, Model, Names, selection
+from ..security.settings import check_exposure
+from .options import (
+    DEFAULT_ADDRESS,
+    Address,
+    AsJson,
+    Labels,
+    Model,
+    Names,
+    TlsCa,
+    TlsCert,
+    TlsKey,
+    Token,
+    selection,
+)
 from .output import console, errors, print_json, state_text, worker_table
 
 if TYPE_CHECKING:
@@ -39,16 +53,32 @@ def serve(
     address: RayAddress = None,
     host: Annotated[str | None, typer.Option(help="overrides gateway.host")] = None,
     port: Annotated[int | None, typer.Option(min=0, help="overrides gateway.port")] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="open to the network without protection")
+    ] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="serve the workers of another gateway, start none")
+    ] = False,
 ) -> None:
-    """Start a fleet and serve it until SIGINT or SIGTERM, then drain it."""
+    """Start a fleet and serve it until SIGINT or SIGTERM, then drain it.
+
+    SIGHUP reads the fleet file again and replaces what has changed, worker by worker.
+    """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    config = with_gateway(FleetConfig.load(fleet), host, port)
+    config = with_gateway(FleetConfig.load(fleet), host, port, insecure=insecure)
+    check_exposure(config.gateway.host, config.gateway.security)
+    if follow and not (address or os.environ.get("RAY_ADDRESS")):
+        raise ConfigError("--follow needs the Ray cluster of the other gateway: give --address")
     cluster = join(config, address)
+
+    def reread() -> FleetConfig:
+        return with_gateway(FleetConfig.load(fleet), host, port, insecure=insecure)
+
     if config.gateway.one_core:
         keep_to_one_core(config.gateway.port)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(config, cluster))
+            runner.run(_serve(config, cluster, reread, may_lead=not follow))
     finally:
         cluster.close()
 
@@ -60,12 +90,13 @@ def stop(fleet: FleetFile = Path("fleet.yaml"), address: RayAddress = None) -> N
     config = FleetConfig.load(fleet)
     cluster = Cluster.connect(config.name, address or os.environ.get("RAY_ADDRESS") or "auto")
     try:
-        names = sorted(cluster.observe())
-        with errors.status(f"draining {len(names)} workers"):
-            cluster.stop(names, config.gateway.grace_seconds)
+        copies = sorted(cluster.observe())
+        with errors.status(f"draining {len(copies)} workers"):
+            cluster.stop(copies, config.gateway.grace_seconds)
     finally:
         cluster.close()
-    console.print(f"stopped: {', '.join(names) or 'nothing was running'}")
+    names = ", ".join(copy.worker for copy in copies)
+    console.print(f"stopped: {names or 'nothing was running'}")
 
 
 def workers(
@@ -74,9 +105,15 @@ def workers(
     model: Model = "",
     label: Labels = None,
     address: Address = DEFAULT_ADDRESS,
+    token: Token = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
 ) -> None:
     """List the workers of a running fleet."""
-    with Client(address, timeout=10.0) as client:
+    with Client(
+        address, timeout=10.0, token=token, ca=tls_ca, certificate=tls_cert, private_key=tls_key
+    ) as client:
         found = client.workers(selection(worker, model, label))
     if as_json:
         print_json(found)
@@ -84,10 +121,14 @@ def workers(
         console.print(worker_table(found))
 
 
-def with_gateway(config: FleetConfig, host: str | None, port: int | None) -> FleetConfig:
+def with_gateway(
+    config: FleetConfig, host: str | None, port: int | None, *, insecure: bool = False
+) -> FleetConfig:
     """The fleet with another gateway address; None keeps what the file says."""
     given = {"host": host, "port": port}
-    changes = {key: value for key, value in given.items() if value is not None}
+    changes: dict[str, object] = {k: v for k, v in given.items() if v is not None}
+    if insecure:
+        changes["security"] = config.gateway.security.model_copy(update={"insecure": True})
     return config.model_copy(update={"gateway": config.gateway.model_copy(update=changes)})
 
 
@@ -100,10 +141,12 @@ def join(config: FleetConfig, address: str | None) -> "Cluster":
         return Cluster.connect(config.name, address, num_cpus=num_cpus)
 
 
-async def _serve(config: FleetConfig, cluster: "Cluster") -> None:
+async def _serve(
+    config: FleetConfig, cluster: "Cluster", reread: Callable[[], FleetConfig], *, may_lead: bool
+) -> None:
     from ..fleet.fleet import Fleet
 
-    fleet = Fleet(config, cluster, changed=_tell)
+    fleet = Fleet(config, cluster, changed=_tell, may_lead=may_lead)
     asked_to_stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -114,6 +157,7 @@ async def _serve(config: FleetConfig, cluster: "Cluster") -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop_once)
+    loop.add_signal_handler(signal.SIGHUP, _update, fleet, reread)
     try:
         await fleet.start()
         console.print(f"gateway {fleet.gateway.address}")
@@ -121,6 +165,16 @@ async def _serve(config: FleetConfig, cluster: "Cluster") -> None:
     finally:
         console.print("draining")
         await fleet.stop()
+
+
+def _update(fleet: "Fleet", reread: Callable[[], FleetConfig]) -> None:
+    """Takes the fleet file as it is now; one that is broken changes nothing."""
+    try:
+        fleet.update(reread())
+    except ConfigError as error:
+        errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+    else:
+        console.print("the fleet file has been read again")
 
 
 async def _until_useless(fleet: "Fleet", asked_to_stop: asyncio.Event) -> None:

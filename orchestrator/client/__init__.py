@@ -12,7 +12,9 @@ Every call, and every step of a stream, may raise:
     ├── WorkerNotFound     no worker of the fleet fits the selector
     ├── Overloaded         every worker is full; `retry_after` says when to try again
     ├── Unavailable        no worker serves, or the one that was answering died
+    ├── Unauthenticated    the gateway wants a token, and has been shown none that it knows
     ├── DeadlineExceeded   the timeout ran out
+    ├── QuorumNotMet       too few members of an ensemble answered
     ├── Cancelled          the call was closed
     └── RemoteError        anything else; `code` is its name in gRPC
 """
@@ -23,9 +25,11 @@ from ...worker.errors import (
     DeadlineExceeded,
     InvalidRequest,
     Overloaded,
+    Unauthenticated,
     Unavailable,
     Violation,
 )
+from ..ensemble.calls import QuorumNotMet
 from ..routing.registry import WorkerState
 from ..routing.router import WorkerNotFound
 from ..status import RemoteError
@@ -39,9 +43,11 @@ from .answers import (
     Timings,
     Token,
     Usage,
+    Vote,
     WorkerStatus,
 )
 from .calls import DEFAULT_ADDRESS, DEFAULT_TIMEOUT, AsyncClient, AsyncStream, Client, Stream
+from .reports import Ensemble, MemberReport
 from .requests import Chat, Message, Options, Prompt, Sampling, Select
 
 __all__ = [
@@ -57,13 +63,16 @@ __all__ = [
     "ConclaveError",
     "DeadlineExceeded",
     "Delta",
+    "Ensemble",
     "FleetStatus",
     "InvalidRequest",
+    "MemberReport",
     "Message",
     "Options",
     "Output",
     "Overloaded",
     "Prompt",
+    "QuorumNotMet",
     "RemoteError",
     "Sampling",
     "Score",
@@ -71,9 +80,11 @@ __all__ = [
     "Stream",
     "Timings",
     "Token",
+    "Unauthenticated",
     "Unavailable",
     "Usage",
     "Violation",
+    "Vote",
     "WorkerNotFound",
     "WorkerState",
     "WorkerStatus",

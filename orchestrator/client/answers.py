@@ -11,6 +11,7 @@ from typing import Literal
 from ...protos import gateway_pb2, generation_pb2
 from ..routing.registry import WorkerState
 from ..status import error_of_event
+from .reports import Ensemble, ensemble_of
 
 FinishReason = Literal["stop", "length", "unspecified"]
 
@@ -30,6 +31,15 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class Vote:
+    """One member's word on a token; `logprob` is the token's under that member alone."""
+
+    member: int
+    logprob: float
+    agreed: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Token:
     """One token; `logprob` and `rank` (1 is the likeliest) are None unless asked for."""
 
@@ -38,6 +48,8 @@ class Token:
     logprob: float | None = None
     rank: int | None = None
     candidates: tuple[Candidate, ...] = ()
+    votes: tuple[Vote, ...] = ()
+    """Who took part in it, in `fuse` and `mixture_sample`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +102,10 @@ class Completion:
     model: str
     prompt_tokens: tuple[Token, ...] = ()
     """With log-probabilities, if `prompt_logprobs` was asked."""
+    ensemble: Ensemble | None = None
+    """Who did what, if several workers made it."""
+    resumes: int = 0
+    """How often it went on with another worker."""
 
     @property
     def text(self) -> str:
@@ -132,6 +148,11 @@ class WorkerStatus:
     restarts: int
     reason: str
     process: int
+    outstanding_tokens: int
+    """Prompt and answer tokens that it has still to compute, by the gateway's estimate."""
+    tokens_per_second: float
+    broken: bool
+    """Left alone for a while after failures in a row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +167,11 @@ class FleetStatus:
     requests: int
     retries: int
     failures: int
+    resumes: int
+    hedges: int
+    rejections: int
+    queued_requests: int
+    presets: tuple[str, ...]
     uptime_seconds: float
 
 
@@ -166,6 +192,8 @@ class Collector:
         if kind == "finished":
             self._finish(event.request_id, event.finished)
             return None
+        if kind == "member":
+            return None  # it stands in the ensemble's report as well
         delta = event.delta
         tokens = _tokens(delta.tokens)
         self._tokens.setdefault(delta.output_index, []).extend(tokens)
@@ -186,6 +214,8 @@ class Collector:
             worker=finished.worker,
             model=finished.model,
             prompt_tokens=self._prompt_tokens,
+            ensemble=ensemble_of(finished),
+            resumes=finished.resumes,
         )
 
 
@@ -200,6 +230,8 @@ def completion_of(response: generation_pb2.CompleteResponse) -> Completion:
         worker=response.worker,
         model=response.model,
         prompt_tokens=_tokens(response.prompt_tokens),
+        ensemble=ensemble_of(response),
+        resumes=response.resumes,
     )
 
 
@@ -224,6 +256,9 @@ def workers_of(response: gateway_pb2.ListWorkersResponse) -> tuple[WorkerStatus,
             restarts=info.restarts,
             reason=info.reason,
             process=info.process,
+            outstanding_tokens=info.outstanding_tokens,
+            tokens_per_second=info.tokens_per_second,
+            broken=info.broken,
         )
         for info in response.workers
     )
@@ -240,6 +275,11 @@ def fleet_of(response: gateway_pb2.GetFleetResponse) -> FleetStatus:
         requests=response.requests,
         retries=response.retries,
         failures=response.failures,
+        resumes=response.resumes,
+        hedges=response.hedges,
+        rejections=response.rejections,
+        queued_requests=response.queued_requests,
+        presets=tuple(response.presets),
         uptime_seconds=response.uptime_seconds,
     )
 
@@ -274,4 +314,5 @@ def _token(token: generation_pb2.Token) -> Token:
         token.logprob if token.HasField("logprob") else None,
         token.rank if token.HasField("rank") else None,
         tuple([Candidate(c.id, c.text, c.logprob) for c in token.candidates]),
+        tuple([Vote(v.member, v.logprob, v.agreed) for v in token.votes]),
     )

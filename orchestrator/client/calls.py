@@ -14,6 +14,14 @@ import grpc.aio
 from ...protos import gateway_pb2, gateway_pb2_grpc
 from ...worker.errors import ConclaveError, Unavailable
 from ..lines.connection import channel_options
+from ..security.channels import (
+    PathLike,
+    Tls,
+    WithMetadata,
+    open_async_channel,
+    open_channel,
+    token_metadata,
+)
 from ..status import details_of, error_of_status
 from .answers import (
     Collector,
@@ -27,7 +35,7 @@ from .answers import (
     scores_of,
     workers_of,
 )
-from .requests import Options, Prompt, Select, generate_request, score_request, selector_message
+from .requests import Options, Prompt, Select, envelope, score_request, selector_message
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 DEFAULT_TIMEOUT = 120.0
@@ -36,9 +44,7 @@ DEFAULT_TIMEOUT = 120.0
 class _Caller:
     """What both clients know: the address, the stub and the default timeout."""
 
-    def __init__(
-        self, address: str, channel: grpc.Channel | grpc.aio.Channel, timeout: float | None
-    ) -> None:
+    def __init__(self, address: str, channel: WithMetadata, timeout: float | None) -> None:
         self.address = address
         """host:port of the gateway."""
         self._stub: Any = gateway_pb2_grpc.GatewayServiceStub(channel)
@@ -59,6 +65,15 @@ class _Caller:
 class Client(_Caller):
     """Blocking client of a gateway; use it as a context manager or close it. Thread-safe.
 
+    Args:
+        address: host:port of the gateway.
+        timeout: seconds after which a call is given up, unless it says otherwise; None for never.
+        max_message_mib: largest message in either direction.
+        token: what the gateway knows this caller by.
+        ca: PEM file of the authorities that may have signed the gateway's certificate, or `public`
+            for those that come with gRPC. With it, or with a certificate, the connection is TLS.
+        certificate, private_key: PEM files, for a gateway that asks its callers for a certificate.
+
     Every call raises the errors drawn in `conclave.orchestrator.client`.
     """
 
@@ -68,24 +83,23 @@ class Client(_Caller):
         *,
         timeout: float | None = DEFAULT_TIMEOUT,
         max_message_mib: int = 64,
+        token: str | None = None,
+        ca: PathLike = None,
+        certificate: PathLike = None,
+        private_key: PathLike = None,
     ) -> None:
-        self._channel = grpc.insecure_channel(address, channel_options(max_message_mib))
-        super().__init__(address, self._channel, timeout)
+        tls = Tls(ca, certificate, private_key)
+        self._channel = open_channel(address, channel_options(max_message_mib), tls)
+        super().__init__(address, WithMetadata(self._channel, token_metadata(token)), timeout)
 
     def generate(self, prompt: Prompt | None = None, **options: Unpack[Options]) -> Completion:
         """A whole answer."""
-        request = gateway_pb2.CompleteRequest(
-            request=generate_request(prompt, options),
-            selector=selector_message(options.get("select")),
-        )
+        request = gateway_pb2.CompleteRequest(**envelope(prompt, options))
         return completion_of(self._call(self._stub.Complete, request, self._seconds(options)))
 
     def stream(self, prompt: Prompt | None = None, **options: Unpack[Options]) -> "Stream":
         """An answer piece by piece; breaking out of the loop cancels the rest."""
-        request = gateway_pb2.GatewayGenerateRequest(
-            request=generate_request(prompt, options),
-            selector=selector_message(options.get("select")),
-        )
+        request = gateway_pb2.GatewayGenerateRequest(**envelope(prompt, options))
         return Stream(self._stub.Generate(request, timeout=self._seconds(options)), self._error)
 
     def score(
@@ -146,26 +160,25 @@ class AsyncClient(_Caller):
         *,
         timeout: float | None = DEFAULT_TIMEOUT,
         max_message_mib: int = 64,
+        token: str | None = None,
+        ca: PathLike = None,
+        certificate: PathLike = None,
+        private_key: PathLike = None,
     ) -> None:
-        self._channel = grpc.aio.insecure_channel(address, channel_options(max_message_mib))
-        super().__init__(address, self._channel, timeout)
+        tls = Tls(ca, certificate, private_key)
+        self._channel = open_async_channel(address, channel_options(max_message_mib), tls)
+        super().__init__(address, WithMetadata(self._channel, token_metadata(token)), timeout)
 
     async def generate(
         self, prompt: Prompt | None = None, **options: Unpack[Options]
     ) -> Completion:
         """A whole answer."""
-        request = gateway_pb2.CompleteRequest(
-            request=generate_request(prompt, options),
-            selector=selector_message(options.get("select")),
-        )
+        request = gateway_pb2.CompleteRequest(**envelope(prompt, options))
         return completion_of(await self._call(self._stub.Complete, request, self._seconds(options)))
 
     def stream(self, prompt: Prompt | None = None, **options: Unpack[Options]) -> "AsyncStream":
         """An answer piece by piece; dropping the stream cancels the rest."""
-        request = gateway_pb2.GatewayGenerateRequest(
-            request=generate_request(prompt, options),
-            selector=selector_message(options.get("select")),
-        )
+        request = gateway_pb2.GatewayGenerateRequest(**envelope(prompt, options))
         return AsyncStream(
             self._stub.Generate(request, timeout=self._seconds(options)), self._error
         )

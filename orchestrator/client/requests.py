@@ -4,7 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
-from ...protos import ensemble_pb2, generation_pb2
+from google.protobuf import json_format
+
+from ...protos import ensemble_pb2, gateway_pb2, generation_pb2
+from ...protos.ensemble_pb2 import EnsembleSpec
 from ...worker.errors import InvalidRequest, Violation
 
 
@@ -68,6 +71,10 @@ class Select:
     labels: Mapping[str, str] | None = None
 
 
+EnsembleForm = str | Mapping[str, object] | EnsembleSpec
+"""A preset of the fleet file by its name, or a spec: a message, or a mapping of its fields."""
+
+
 class Options(Sampling, total=False):
     """Everything that may be said about an ask beside its prompt."""
 
@@ -83,9 +90,63 @@ class Options(Sampling, total=False):
     """Seconds until DeadlineExceeded; None waits for ever. Default: the client's."""
     request_id: str
     """Named in the worker's logs; made up by default."""
+    ensemble: EnsembleForm
+    """How several workers make the answer together; one worker by default."""
+    priority: int
+    """0 to 9; higher ones leave the gateway's queue first. Default 4."""
+    session: str
+    """Asks of one session go to the same worker while it has room."""
+    resume: bool
+    """Whether another worker goes on with the stream if its own dies. Default true."""
 
 
 OWN_OPTIONS = Options.__annotations__.keys() - Sampling.__annotations__.keys()
+
+
+class Envelope(TypedDict, total=False):
+    """The fields of the messages that carry an ask to the gateway."""
+
+    request: generation_pb2.GenerateRequest
+    selector: ensemble_pb2.WorkerSelector | None
+    handling: gateway_pb2.Handling | None
+    ensemble: EnsembleSpec
+    preset: str
+
+
+def envelope(prompt: Prompt | None, options: Options) -> Envelope:
+    """All that the gateway is told. Raises InvalidRequest if it cannot be made."""
+    return {
+        "request": generate_request(prompt, options),
+        "selector": selector_message(options.get("select")),
+        "handling": handling_message(options),
+        **ensemble_form(options.get("ensemble")),
+    }
+
+
+def ensemble_form(ensemble: EnsembleForm | None) -> Envelope:
+    """The ensemble for an envelope. Raises InvalidRequest if the mapping is no spec."""
+    if ensemble is None:
+        return {}
+    if isinstance(ensemble, str):
+        return {"preset": ensemble}
+    if isinstance(ensemble, EnsembleSpec):
+        return {"ensemble": ensemble}
+    try:
+        return {"ensemble": json_format.ParseDict(dict(ensemble), EnsembleSpec())}
+    except json_format.ParseError as error:
+        raise InvalidRequest.of("ensemble", str(error)) from error
+
+
+def handling_message(options: Options) -> gateway_pb2.Handling | None:
+    """How the gateway shall treat the ask; None if nothing was said."""
+    priority, session = options.get("priority"), options.get("session", "")
+    resume = options.get("resume")
+    if priority is None and not session and resume is None:
+        return None
+    try:
+        return gateway_pb2.Handling(priority=priority, session=session, resume=resume)
+    except ValueError as error:
+        raise InvalidRequest.of("handling.priority", str(error)) from error
 
 
 def generate_request(prompt: Prompt | None, options: Options) -> generation_pb2.GenerateRequest:

@@ -6,20 +6,26 @@ Every call here may block and belongs into the supervisor's thread, never on the
 import logging
 import math
 import os
-import re
+import secrets
 import socket
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 import ray
+from pydantic import SecretStr
+from ray._private.state import available_resources_per_node
+from ray.autoscaler.sdk import request_resources
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ...worker.actor import NAMESPACE, actor_name, launch
+from ...worker.config import fleet_secret_given
 from ...worker.errors import ConfigError
 from ..config import Resources, WorkerSpec
-from .plan import Observation, Phase
+from .obituary import obituary
+from .plan import Copy, Observation, Phase
 
 log = logging.getLogger(__name__)
 
@@ -31,17 +37,21 @@ STARTING = Observation(
 )
 RESTARTING = Observation(Phase.STARTING, reason="Ray is restarting its process")
 
-_MODULE = re.compile(r"^([a-z_]+\.)+(?=[A-Z])")
-"""Of an exception's class, as the last line of a traceback gives it."""
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-
 
 @dataclass(slots=True)
 class _Actor:
     handle: Any
+    attached: bool = False
+    """It is to end with this process."""
     question: Any = None
     """The reference of the call of `endpoint` that has not been answered yet."""
+    drained: Any = None
+    """The reference of the call of `drain`, if there was one."""
     seen: Observation = STARTING
+
+
+class _Lease:
+    """Its name is what counts: who has made it leads the fleet."""
 
 
 class Cluster:
@@ -50,8 +60,14 @@ class Cluster:
     def __init__(self, fleet: str, *, local: bool) -> None:
         self._fleet = fleet
         self._local = local
-        self._actors: dict[str, _Actor] = {}
-        self._gone: dict[str, Observation] = {}
+        self._secret = fleet_secret_given() or SecretStr(secrets.token_urlsafe(32))
+        """Of the workers launched here; any worker's own comes with its endpoint."""
+        self._actors: dict[Copy, _Actor] = {}
+        self._gone: dict[Copy, Observation] = {}
+        self._ended: set[Any] = set()
+        """Ray's ids of the actors that have come to their end."""
+        self._lease: Any = None
+        self._requested: list[dict[str, float]] | None = None
 
     @classmethod
     def connect(cls, fleet: str, address: str | None = None, *, num_cpus: float = 0.0) -> Self:
@@ -85,15 +101,41 @@ class Cluster:
         """Leaves the cluster; one that was started here ends."""
         ray.shutdown()
 
+    def lead(self) -> bool:
+        """Whether this process starts and stops the fleet's workers; takes the lead if it is free.
+
+        The lead is a named actor that ends with the process that made it, however that ends.
+        """
+        if self._local or self._lease is not None:
+            return True
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        try:
+            self._lease = (
+                ray.remote(_Lease)
+                .options(
+                    name=f"{self._fleet}@lead",
+                    namespace=NAMESPACE,
+                    num_cpus=0,
+                    max_restarts=-1,
+                    scheduling_strategy=here,
+                )
+                .remote()
+            )
+        except ValueError:
+            return False
+        log.info("this process leads the fleet %s", self._fleet)
+        return True
+
     def launch(self, spec: WorkerSpec) -> None:
-        """Starts a worker, or takes over the one of this name that is still there."""
-        name = spec.name
-        self._gone.pop(name, None)
+        """Starts a worker, or takes over the one of this name and version that is still there."""
+        copy = Copy(spec.name, spec.version)
+        self._gone.pop(copy, None)
         host = "127.0.0.1" if self._local else "auto"
         try:
             handle = launch(
-                spec.config.model_copy(update={"host": host}),
+                spec.config.model_copy(update={"host": host, "fleet_secret": self._secret}),
                 fleet=self._fleet,
+                version=spec.version,
                 num_cpus=spec.resources.num_cpus,
                 num_gpus=self._gpus(spec.resources),
                 resources=dict(spec.resources.custom),
@@ -101,11 +143,12 @@ class Cluster:
                 detached=spec.detached,
             )
         except ValueError:
-            handle = ray.get_actor(actor_name(self._fleet, name), namespace=NAMESPACE)
-            log.info("took over the worker %s, which was there already", name)
-        self._actors[name] = _Actor(handle)
+            self._find_others()
+            log.info("took over the worker %s, which was there already", spec.name)
+        else:
+            self._actors[copy] = _Actor(handle, attached=not spec.detached)
 
-    def observe(self) -> dict[str, Observation]:
+    def observe(self) -> dict[Copy, Observation]:
         """What Ray says of every actor of the fleet, also of those launched by others."""
         self._find_others()
         for actor in self._actors.values():
@@ -114,31 +157,76 @@ class Cluster:
         questions = [actor.question for actor in self._actors.values()]
         if questions:
             ray.wait(questions, num_returns=len(questions), timeout=LOOK_SECONDS)
-        for name, actor in list(self._actors.items()):
-            self._read(name, actor)
-        return {name: actor.seen for name, actor in self._actors.items()} | self._gone
+        for copy, actor in list(self._actors.items()):
+            if actor.drained is not None and ray.wait([actor.drained], timeout=0)[0]:
+                self._end(copy)
+            else:
+                self._read(copy, actor)
+        return {copy: actor.seen for copy, actor in self._actors.items()} | self._gone
 
-    def stop(self, names: Collection[str], grace: float) -> None:
+    def retire(self, copy: Copy, grace: float | None) -> None:
+        """Begins to drain a worker; a later `observe` ends it when it is done. None has no end."""
+        actor = self._actors.get(copy)
+        if actor is None or actor.drained is not None:
+            return
+        if actor.seen.phase is Phase.STARTING:
+            self._end(copy)
+            return
+        actor.drained = actor.handle.drain.remote(grace)
+        actor.seen = replace(actor.seen, phase=Phase.DRAINING)
+
+    def stop(self, copies: Collection[Copy], grace: float) -> None:
         """Drains the workers side by side for at most `grace` seconds, then ends them for good."""
-        actors = [self._actors.pop(name) for name in names if name in self._actors]
-        ready = [actor.handle for actor in actors if actor.seen.phase is Phase.READY]
-        drains = [handle.drain.remote(grace) for handle in ready]
+        copies = [copy for copy in copies if copy in self._actors]
+        ready = [c for c in copies if self._actors[c].seen.phase in (Phase.READY, Phase.DRAINING)]
+        drains = [self._actors[copy].handle.drain.remote(grace) for copy in ready]
         if drains:
             ray.wait(drains, num_returns=len(drains), timeout=grace + 1.0)
-        for actor in actors:
-            ray.kill(actor.handle)
+        for copy in copies:
+            self._end(copy)
+
+    def attached(self) -> list[Copy]:
+        """The workers that are to end with this process."""
+        return [copy for copy, actor in self._actors.items() if actor.attached]
+
+    def room(self, spec: WorkerSpec) -> bool:
+        """Whether a node has room for one more such worker now."""
+        bundle = self._bundle(spec.resources)
+        return any(
+            all(free.get(name, 0.0) >= amount for name, amount in bundle.items())
+            for free in available_resources_per_node().values()
+        )
+
+    def request(self, specs: Sequence[WorkerSpec]) -> None:
+        """Asks the autoscaler for nodes that hold all these; none takes the request back.
+
+        The request is the cluster's only one of its kind and stays until the next, so it is taken
+        back as soon as it is met. Without an autoscaler nobody reads it.
+        """
+        bundles = [self._bundle(spec.resources) for spec in specs]
+        if not self._local and bundles != self._requested:
+            request_resources(bundles=bundles)
+            self._requested = bundles
 
     def _find_others(self) -> None:
-        prefix = actor_name(self._fleet, "")
+        prefix = actor_name(self._fleet, "", "").removesuffix("@")
         for entry in ray.util.list_named_actors(all_namespaces=True):
             if entry["namespace"] != NAMESPACE or not entry["name"].startswith(prefix):
                 continue
-            name = entry["name"].removeprefix(prefix)
-            if name not in self._actors and name not in self._gone:
+            worker, _, version = entry["name"].removeprefix(prefix).partition("@")
+            copy = Copy(worker, version)
+            if copy in self._actors:
+                continue
+            try:
                 handle = ray.get_actor(entry["name"], namespace=NAMESPACE)
-                self._actors[name] = _Actor(handle)
+            except ValueError:
+                continue  # it has ended since
+            # Ray lists an actor for a moment after its end.
+            if handle._actor_id not in self._ended:
+                self._gone.pop(copy, None)
+                self._actors[copy] = _Actor(handle)
 
-    def _read(self, name: str, actor: _Actor) -> None:
+    def _read(self, copy: Copy, actor: _Actor) -> None:
         ready, _ = ray.wait([actor.question], timeout=0)
         if not ready:
             return
@@ -148,26 +236,36 @@ class Cluster:
         except ActorUnavailableError:
             actor.seen = RESTARTING
         except ActorDiedError as error:
-            del self._actors[name]
-            self._gone[name] = _obituary(str(error))
+            self._forget(copy)
+            self._gone[copy] = obituary(str(error))
         else:
+            leaves = endpoint.draining or actor.drained is not None
             actor.seen = Observation(
-                Phase.READY, endpoint.address, endpoint.incarnation, endpoint.pid
+                Phase.DRAINING if leaves else Phase.READY,
+                endpoint.address,
+                endpoint.incarnation,
+                endpoint.pid,
+                reason="ends its last answers" if leaves else "",
+                open_sequences=endpoint.open_sequences,
+                secret=endpoint.secret,
             )
+
+    def _end(self, copy: Copy) -> None:
+        """Ends an actor for good."""
+        ray.kill(self._actors[copy].handle)
+        self._forget(copy)
+
+    def _forget(self, copy: Copy) -> None:
+        self._ended.add(self._actors.pop(copy).handle._actor_id)
+
+    def _bundle(self, resources: Resources) -> dict[str, float]:
+        bundle = {"CPU": resources.num_cpus, "GPU": self._gpus(resources), **resources.custom}
+        return {name: amount for name, amount in bundle.items() if amount > 0}
 
     def _gpus(self, resources: Resources) -> float:
         if resources.num_gpus != "auto":
             return resources.num_gpus
         return 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
-
-
-def _obituary(message: str) -> Observation:
-    """Why an actor is dead for good, in one line."""
-    lines = [line.strip() for line in _COLOURS.sub("", message).splitlines() if line.strip()]
-    reason = _MODULE.sub("", lines[-1]) if lines else "it died"
-    if "creation task" in message:
-        return Observation(Phase.FAILED, reason=reason)
-    return Observation(Phase.ABSENT, reason=reason)
 
 
 def _check_reachable(address: str) -> None:

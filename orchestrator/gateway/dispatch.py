@@ -1,13 +1,13 @@
-"""The life of one ask inside the gateway: pick a worker, ask it, try the next one if it fails.
+"""The life of one ask inside the gateway: a worker, an answer, the next worker if it fails.
 
-An ask may be repeated as long as its caller has seen nothing of an answer. From the first event on
-it belongs to one worker, and its stream ends with exactly one terminal event. Nothing here formats
-or logs on the way of a good answer: this is the path whose cost is counted.
+An ask of which its caller has seen nothing may be repeated on any worker that fits. A stream that
+has begun may go on with a worker of the same weights, and with no other. Nothing here formats or
+logs on the way of a good answer: this is the path whose cost is counted.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import grpc
 import grpc.aio
@@ -15,34 +15,22 @@ import grpc.aio
 from ...protos.generation_pb2 import (
     CompleteResponse,
     GenerateRequest,
-    GenerateResponse,
     ScoreRequest,
     ScoreResponse,
 )
 from ...protos.worker_pb2 import ConverseRequest, Reply
-from ...worker.errors import Unavailable
+from ...worker.errors import ConclaveError, Unavailable
 from ..config import GatewayConfig
 from ..lines.connection import Connection
 from ..lines.conversation import Pending
+from ..lines.step_line import StepLine
+from ..routing.budget import Budget
+from ..routing.prefix import PrefixIndex
 from ..routing.registry import Registry, Worker
-from ..routing.router import Selector, Turn, choose, matching, turn
+from ..routing.sessions import Sessions
 from ..status import Failure
-
-Write = Callable[[GenerateResponse], Awaitable[None]]
-
-
-@dataclass(slots=True)
-class Ask:
-    """One request under way."""
-
-    selector: Selector
-    remaining: Callable[[], float | None]
-    """Seconds until its deadline; None without one."""
-    tried: set[Turn] = field(default_factory=set)
-    attempts: int = 0
-    failure: Failure | None = None
-    """The last one; RESOURCE_EXHAUSTED stays, because it tells the caller most."""
-    patience_ends: float | None = None
+from .admission import Admission, Ask
+from .relay import Relay, Write, may_move
 
 
 @dataclass(slots=True)
@@ -51,6 +39,7 @@ class Counters:
 
     requests: int = 0
     retries: int = 0
+    resumes: int = 0
     failures: int = 0
 
 
@@ -61,14 +50,20 @@ class Dispatcher:
         self, registry: Registry, connections: Mapping[str, Connection], config: GatewayConfig
     ) -> None:
         self.counters = Counters()
-        self._registry = registry
+        self.registry = registry
+        self.admission = Admission(registry, config)
         self._connections = connections
         self._config = config
-        self._waiting: set[asyncio.Future[None]] = set()
+        self._retries = Budget(config.retry_share, config.retry_reserve)
+        self._sessions = Sessions()
+        self._prefixes = PrefixIndex()
 
     async def complete(self, ask: Ask, request: GenerateRequest) -> CompleteResponse:
         """A whole answer. Raises Failure or a typed error."""
-        return (await self._answer(ask, ConverseRequest(complete=request))).completion
+        name = request.request_id
+        completion = (await self._answer(ask, ConverseRequest(complete=request))).completion
+        completion.request_id = name  # a repeated ask has another one at its worker
+        return completion
 
     async def score(self, ask: Ask, request: ScoreRequest) -> ScoreResponse:
         """Log-likelihoods. Raises Failure or a typed error."""
@@ -76,130 +71,160 @@ class Dispatcher:
 
     async def stream(self, ask: Ask, request: GenerateRequest, write: Write) -> None:
         """A stream of events. Raises Failure or a typed error if nothing has been written."""
-        self.counters.requests += 1
-        message = ConverseRequest(generate=request)
+        self._count()
+        relay = Relay(request, write)
         while True:
-            worker, connection = await self._pick(ask)
-            worker.open_requests += 1
-            pending = connection.ask(message, ask.remaining())
             try:
-                begun, failure = await self._relay(pending, write)
-                if failure is not None:
-                    failure = self._examine(connection, failure)
-                    if begun:
-                        self.counters.failures += 1
-                        await write(failure.event(request.request_id))
-                if failure is None or begun:
-                    worker.served_requests += 1
+                worker = await self._place(ask)
+            except (Failure, ConclaveError) as error:
+                if not relay.begun:
+                    raise
+                await relay.fail(_nobody_goes_on(ask, error))
+                return
+            failure = await self._run(ask, worker, relay)
+            if failure is None:
+                return
+            if relay.begun:
+                if not self._may_go_on(ask, worker, relay, failure):
+                    self.counters.failures += 1
+                    await relay.fail(failure)
                     return
-            finally:
-                worker.open_requests -= 1
-                pending.close()
-            self._failed(ask, failure)
+                self.counters.resumes += 1
+            else:
+                self._repeat(ask, failure)
+
+    async def step(self, ask: Ask) -> tuple[Worker, StepLine]:
+        """A line to one answer to be stepped; `end_step` gives it back."""
+        self._count()
+        worker = await self._place(ask)
+        return worker, self._connections[worker.name].step(ask.remaining())
+
+    def end_step(self, ask: Ask, worker: Worker, line: StepLine, failure: Failure | None) -> None:
+        """The answer has ended, or the line has failed."""
+        line.close()
+        connection = self._connections.get(worker.name)
+        if failure is None:
+            self._answered(worker)
+        elif connection is not None:
+            self._examine(worker, connection, failure)
+        self.admission.release(ask, worker)
+
+    def fleet_changed(self) -> None:
+        """A worker has changed: the waiting asks look again."""
+        self.admission.changed()
+
+    async def _run(self, ask: Ask, worker: Worker, relay: Relay) -> Failure | None:
+        """One worker's part of a stream; why it broke, if it did."""
+        connection = self._connections[worker.name]
+        pending = connection.ask(relay.message(), ask.remaining())
+        answered = None
+        try:
+            failure = await relay.run(pending)
+            if failure is not None:
+                return self._examine(worker, connection, failure)
+            self._answered(worker)
+            answered = relay.answered
+            return None
+        finally:
+            self._leave(ask, worker, pending, answered)
 
     async def _answer(self, ask: Ask, message: ConverseRequest) -> Reply:
         """The one reply to a message."""
-        self.counters.requests += 1
+        self._count()
         while True:
-            worker, connection = await self._pick(ask)
-            worker.open_requests += 1
+            worker = await self._place(ask)
+            connection = self._connections[worker.name]
             pending = connection.ask(message, ask.remaining())
+            answered = None
             try:
                 reply = await pending.next()
-                worker.served_requests += 1
+                self._answered(worker)
+                answered = reply.completion.usage.completion_tokens
                 return reply
             except Failure as error:
-                failure = self._examine(connection, error)
+                failure = self._examine(worker, connection, error)
             finally:
-                worker.open_requests -= 1
-                pending.close()
-            self._failed(ask, failure)
+                self._leave(ask, worker, pending, answered)
+            self._repeat(ask, failure)
+            if message.HasField("complete"):
+                message.complete.request_id += "~"
 
-    def workers_changed(self) -> None:
-        """Lets the waiting asks look again."""
-        for future in self._waiting:
-            if not future.done():
-                future.set_result(None)
-
-    @staticmethod
-    async def _relay(pending: Pending, write: Write) -> tuple[bool, Failure | None]:
-        """Passes a worker's events on: whether any was written, and why the end is missing."""
-        begun = ended = False
+    async def _place(self, ask: Ask) -> Worker:
+        if ask.session or ask.prompt:
+            warm = (self._sessions.find(ask.session), self._prefixes.find(ask.prompt))
+            ask.wish.warm = tuple(name for name in warm if name)
         try:
-            while not ended:
-                reply = await pending.next()
-                if reply.last:
-                    failure = Failure.of_error(Unavailable("the worker sent no end"))
-                    return begun, failure
-                event = reply.event
-                kind = event.WhichOneof("event")
-                if kind == "failed" and not begun:
-                    return False, Failure.of_event(event.failed.error)
-                await write(event)
-                begun, ended = True, kind != "delta"
-        except Failure as failure:
-            return begun, failure
-        return begun, None
+            worker = await self.admission.place(ask)
+        except (Failure, ConclaveError):
+            self.counters.failures += 1
+            raise
+        if ask.session:
+            self._sessions.note(ask.session, worker.name)
+        if ask.prompt:
+            self._prefixes.note(ask.prompt, worker.name)
+        return worker
 
-    async def _pick(self, ask: Ask) -> tuple[Worker, Connection]:
-        worker = choose(self._registry.workers.values(), ask.selector, ask.tried)
-        if worker is None:
-            worker = await self._wait(ask)
-        ask.attempts += 1
-        ask.tried.add(turn(worker))
-        return worker, self._connections[worker.name]
+    def _count(self) -> None:
+        self.counters.requests += 1
+        self._retries.earn()
 
-    async def _wait(self, ask: Ask) -> Worker:
-        """Waits for a worker that is about to serve; raises if that is in vain."""
-        loop = asyncio.get_running_loop()
-        if ask.patience_ends is None:
-            ask.patience_ends = loop.time() + self._config.wait_for_worker_seconds
-        while True:
-            candidates = matching(self._registry.workers.values(), ask.selector)
-            patience = ask.patience_ends - loop.time()
-            hopeless = not any(worker.may_come_back for worker in candidates)
-            if hopeless or patience <= 0 or _is_overload(ask.failure):
-                self.counters.failures += 1
-                raise ask.failure or Unavailable(_nobody_serves(candidates))
-            future: asyncio.Future[None] = loop.create_future()
-            self._waiting.add(future)
-            try:
-                await asyncio.wait((future,), timeout=patience)
-            finally:
-                self._waiting.discard(future)
-            worker = choose(self._registry.workers.values(), ask.selector, ask.tried)
-            if worker is not None:
-                return worker
+    def _answered(self, worker: Worker) -> None:
+        worker.served_requests += 1
+        worker.breaker.success()
 
-    def _failed(self, ask: Ask, failure: Failure) -> None:
+    def _leave(self, ask: Ask, worker: Worker, pending: Pending, answered: int | None) -> None:
+        """The one way out of a worker: by an end, a failure or a cancel."""
+        pending.close()
+        worker.breaker.give_up()
+        self.admission.release(ask, worker, answered=answered)
+
+    def _repeat(self, ask: Ask, failure: Failure) -> None:
         """Raises the failure if the ask may not be repeated."""
-        if failure.code is not grpc.StatusCode.UNAVAILABLE and not _is_overload(failure):
+        if not may_move(failure) and not failure.is_overload:
             self.counters.failures += 1
             raise failure
-        if not _is_overload(ask.failure):
+        if ask.failure is None or not ask.failure.is_overload:
             ask.failure = failure
-        if ask.attempts >= self._config.attempts:
+        if ask.attempts >= self._config.attempts or not self._retries.spend():
             self.counters.failures += 1
             raise ask.failure or failure
         self.counters.retries += 1
 
-    def _examine(self, connection: Connection, failure: Failure) -> Failure:
-        """Takes a worker whose connection broke out of the choice before its health stream does."""
+    def _may_go_on(self, ask: Ask, worker: Worker, relay: Relay, failure: Failure) -> bool:
+        """Whether a stream that has begun may move, and what its next worker must be."""
+        if not (ask.resume and may_move(failure) and worker.weights):
+            return False
+        if relay.progressed:
+            ask.attempts = 0
+        ask.wish.weights = worker.weights
+        ask.failure = failure
+        return ask.attempts < self._config.attempts and self._retries.spend()
+
+    def _examine(self, worker: Worker, connection: Connection, failure: Failure) -> Failure:
+        """What a failure says of its worker: a broken line takes it out of the choice at once."""
+        if failure.code in _WORKERS_FAULT:
+            worker.breaker.failure(asyncio.get_running_loop().time())
+        elif not failure.is_overload:
+            worker.breaker.success()
         if failure.code is not grpc.StatusCode.UNAVAILABLE or failure.details is not None:
             return failure
         if self._connections.get(connection.name) is connection:
-            self._registry.down(connection.name, failure.message)
+            self.registry.down(connection.name, failure.message)
             connection.open()
         return Failure.of_error(Unavailable(f"worker {connection.name}: {failure.message}"))
 
 
-def _is_overload(failure: Failure | None) -> bool:
-    """A full worker; one that does not say when to retry has met a message too large for all."""
-    if failure is None or failure.code is not grpc.StatusCode.RESOURCE_EXHAUSTED:
-        return False
-    return failure.retry_after is not None
+_WORKERS_FAULT = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNKNOWN,
+)
 
 
-def _nobody_serves(candidates: list[Worker]) -> str:
-    states = (f"{w.name} {w.state.name.lower()}: {w.reason}" for w in candidates[:8])
-    return f"no worker serves now ({'; '.join(states)}); try again later"
+def _nobody_goes_on(ask: Ask, error: Failure | ConclaveError) -> Failure:
+    """What to tell the caller of a stream that nobody can go on with."""
+    broken = ask.failure.message if ask.failure else "its worker failed"
+    reason = error.message if isinstance(error, Failure) else str(error)
+    return Failure.of_error(
+        Unavailable(f"{broken}; no other worker with the same weights can go on: {reason}")
+    )

@@ -6,7 +6,7 @@ themselves. So the gateway can be tested, and used, with workers started in any 
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -15,9 +15,13 @@ from grpc_reflection.v1alpha import reflection
 from ...protos import gateway_pb2_grpc, worker_pb2
 from ...worker.errors import ConfigError
 from ..config import GatewayConfig
-from ..lines.connection import Connection, channel_options
-from ..routing.registry import Registry, Worker, WorkerState
+from ..lines.connection import Connection, Patience, channel_options
+from ..routing.registry import About, Beat, Registry, Worker, WorkerState
+from ..security.certificates import server_credentials
+from ..security.interceptor import interceptors
+from ..security.settings import check_exposure
 from .dispatch import Dispatcher
+from .panels import Panels
 from .service import SERVICE, GatewayService
 
 SERVER_OPTIONS = [
@@ -47,16 +51,26 @@ class Gateway:
         self._connections: dict[str, Connection] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._dispatcher = Dispatcher(self.registry, self._connections, config)
+        self._panels = Panels(self._dispatcher, config.presets(), config.hedge_share)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._health_due = asyncio.Event()
         self._health_task: asyncio.Task[None] | None = None
         self._server: grpc.aio.Server | None = None
 
+    @property
+    def queued(self) -> int:
+        """Asks that wait for a worker."""
+        return self._dispatcher.admission.queued
+
     async def start(self) -> None:
         """Listens. Raises ConfigError if the address cannot be had."""
         options = channel_options(self._config.max_message_mib) + SERVER_OPTIONS
-        self._server = server = grpc.aio.server(options=options)
-        service = GatewayService(self._fleet, self.registry, self._dispatcher)
+        security = self._config.security
+        check_exposure(self._config.host, security)
+        self._server = server = grpc.aio.server(
+            interceptors=interceptors(security), options=options
+        )
+        service = GatewayService(self._fleet, self.registry, self._dispatcher, self._panels)
         gateway_pb2_grpc.add_GatewayServiceServicer_to_server(service, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self._config.reflection:
@@ -66,7 +80,10 @@ class Gateway:
         self._health_task = asyncio.create_task(self._follow_health(), name="gateway health")
         wanted = f"{self._config.host}:{self._config.port}"
         try:
-            port = server.add_insecure_port(wanted)
+            if security.tls is not None:
+                port = server.add_secure_port(wanted, server_credentials(security.tls))
+            else:
+                port = server.add_insecure_port(wanted)
         except RuntimeError as error:
             raise ConfigError(f"cannot listen on {wanted}: choose another gateway.port") from error
         await server.start()
@@ -87,19 +104,33 @@ class Gateway:
         """The fleet shall have this worker; asks that need it may wait for it from now on."""
         self.registry.declare(name, model=model, labels=labels)
 
-    def located(self, name: str, address: str, incarnation: str, process: int = 0) -> None:
-        """A worker's process is at this address; a no-op if that is known."""
+    def located(
+        self, name: str, address: str, incarnation: str, process: int = 0, secret: str = ""
+    ) -> None:
+        """A worker's process is at this address, and wants to be shown `secret`; a no-op if that
+        is known."""
         if not self.registry.located(name, address, incarnation, process):
             return
-        self._disconnect(name)
+        self._let_go(name)
         size = self._config.max_message_mib
-        connection = Connection(name, address, incarnation, size, listener=self)
+        patience = Patience(self._config.hang_seconds, self._config.stuck_seconds)
+        connection = Connection(name, address, incarnation, size, patience, self, secret)
         self._connections[name] = connection
         connection.open()
 
     def absent(self, name: str, reason: str) -> None:
         """Ray is about to start the worker; what its health stream says counts for more."""
         self.registry.starting(name, reason)
+
+    def retire(self, name: str, reason: str) -> None:
+        """The worker gets no new ask, and ends when the open ones have; another may follow it."""
+        self._let_go(name)
+        self.registry.down(name, reason)
+
+    def forget(self, name: str) -> None:
+        """The fleet no longer has this worker."""
+        self._let_go(name)
+        self.registry.forget(name)
 
     def lost(self, name: str, reason: str) -> None:
         """The worker will not be started again."""
@@ -109,9 +140,15 @@ class Gateway:
     def serving(self, connection: Connection, about: worker_pb2.DescribeResponse) -> None:
         """A worker's health stream says SERVING."""
         if self._connections.get(connection.name) is connection:
-            self.registry.described(
-                connection.name, model=about.model, device=about.device, labels=about.labels
+            said = About(
+                model=about.model,
+                device=about.device,
+                labels=dict(about.labels),
+                weights=about.model_fingerprint,
+                tokenizer=about.tokenizer_fingerprint,
+                max_sequences=about.max_sequences,
             )
+            self.registry.described(connection.name, said)
             self.registry.serving(connection.name)
 
     def draining(self, connection: Connection) -> None:
@@ -124,15 +161,38 @@ class Gateway:
         if self._connections.get(connection.name) is connection:
             self.registry.down(connection.name, reason)
 
+    def beat(self, connection: Connection, beat: Beat) -> None:
+        """A worker's heartbeat."""
+        if self._connections.get(connection.name) is connection:
+            self.registry.beat(connection.name, beat)
+
+    def hung(self, connection: Connection, reason: str) -> None:
+        """A worker does not move."""
+        self.unreachable(connection, reason)
+
+    def revived(self, connection: Connection) -> None:
+        """A worker that hung moves again."""
+        if self._connections.get(connection.name) is connection:
+            self.registry.serving(connection.name)
+
     def _disconnect(self, name: str) -> None:
         connection = self._connections.pop(name, None)
         if connection is not None:
-            task = asyncio.create_task(connection.close(), name=f"closing {name}")
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
+            self._close(connection.close(), name)
+
+    def _let_go(self, name: str) -> None:
+        """Disconnects as soon as the worker's open asks have ended."""
+        connection = self._connections.pop(name, None)
+        if connection is not None:
+            self._close(connection.finish(), name)
+
+    def _close(self, closing: Coroutine[None, None, None], name: str) -> None:
+        task = asyncio.create_task(closing, name=f"closing {name}")
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
 
     def _worker_changed(self, worker: Worker) -> None:
-        self._dispatcher.workers_changed()
+        self._dispatcher.fleet_changed()
         self._health_due.set()
         if self._changed is not None:
             self._changed(worker)

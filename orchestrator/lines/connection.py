@@ -1,25 +1,33 @@
 """The gateway's line to one process of one worker: a channel, its calls, and its health stream.
 
 The health stream stays open as long as the worker lives, so a drain or a death is seen within
-milliseconds and not at the next poll. Asks go through one conversation. Calls are made by hand
-instead of through the generated stub, which has no types.
+milliseconds and not at the next poll. A process that hangs keeps its streams open, so a second
+stream brings heartbeats: when they stop, or tell that the engine stands still, the worker counts as
+hung until they are well again. Asks go through one conversation. Calls are made by hand instead of
+through the generated stub, which has no types.
 """
 
 import asyncio
-import contextlib
-from typing import Protocol
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2
 
 from ...protos import worker_pb2
+from ..routing.pace import Pace
+from ..routing.registry import Beat
+from ..security.channels import WithMetadata, fleet_metadata
 from .conversation import Conversation, Pending
+from .step_line import StepLine
 
 SERVICE = worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name
 MESSAGE_BYTES = "conclave-message-bytes"
 """Metadata key: the largest message that we take."""
 REWATCH_SECONDS = 0.2
+BEAT_SECONDS = 0.5
 DESCRIBE_SECONDS = 5.0
 
 UnaryCall = grpc.aio.UnaryUnaryMultiCallable
@@ -37,6 +45,25 @@ class Listener(Protocol):
 
     def unreachable(self, connection: "Connection", reason: str) -> None:
         """The stream broke; the connection goes on trying."""
+
+    def beat(self, connection: "Connection", beat: Beat) -> None:
+        """A heartbeat, with the worker's load."""
+
+    def hung(self, connection: "Connection", reason: str) -> None:
+        """The worker does not move; every ask to it has been failed."""
+
+    def revived(self, connection: "Connection") -> None:
+        """A worker that hung moves again, and its health stream says that it serves."""
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a worker may stand still before it counts as hung, in seconds."""
+
+    silent: float
+    """Without a heartbeat: the process."""
+    stuck: float
+    """Without an end of the present step: the engine."""
 
 
 def channel_options(max_message_mib: int) -> list[tuple[str, int]]:
@@ -59,24 +86,36 @@ class Connection:
     """One worker process; a restarted worker gets a new one."""
 
     def __init__(
-        self, name: str, address: str, incarnation: str, max_message_mib: int, listener: Listener
+        self,
+        name: str,
+        address: str,
+        incarnation: str,
+        max_message_mib: int,
+        patience: Patience,
+        listener: Listener,
+        secret: str = "",
     ) -> None:
         self.name = name
         self.incarnation = incarnation
         self._listener = listener
         self._channel = grpc.aio.insecure_channel(address, channel_options(max_message_mib))
+        self._patience = patience
+        self._serves = False
+        self._hangs = False
+        self._pace = Pace()
+        self._step_lines: set[StepLine] = set()
         self._watching: asyncio.Task[None] | None = None
-        unary, stream = self._channel.unary_unary, self._channel.unary_stream
-        converse = self._channel.stream_stream(
+        self._listening: asyncio.Task[None] | None = None
+        line = WithMetadata(self._channel, fleet_metadata(secret))
+        unary, stream = line.unary_unary, line.unary_stream
+        converse = line.stream_stream(
             f"/{SERVICE}/Converse",
             worker_pb2.ConverseRequest.SerializeToString,
             worker_pb2.ConverseResponse.FromString,
         )
         size = str(max_message_mib * 1024 * 1024)
         limit = ((MESSAGE_BYTES, size),)
-        self._conversation = Conversation(
-            lambda: converse(metadata=limit)  # type: ignore[call-arg]
-        )
+        self._conversation = Conversation(lambda: converse(metadata=limit))
         self._describe: UnaryCall[worker_pb2.DescribeRequest, worker_pb2.DescribeResponse] = unary(
             f"/{SERVICE}/Describe",
             worker_pb2.DescribeRequest.SerializeToString,
@@ -87,6 +126,19 @@ class Connection:
                 "/grpc.health.v1.Health/Watch",
                 health_pb2.HealthCheckRequest.SerializeToString,
                 health_pb2.HealthCheckResponse.FromString,
+            )
+        )
+
+        self._step = line.stream_stream(
+            f"/{SERVICE}/Step",
+            worker_pb2.StepRequest.SerializeToString,
+            worker_pb2.StepResponse.FromString,
+        )
+        self._watch_load: StreamCall[worker_pb2.WatchLoadRequest, worker_pb2.GetLoadResponse] = (
+            stream(
+                f"/{SERVICE}/WatchLoad",
+                worker_pb2.WatchLoadRequest.SerializeToString,
+                worker_pb2.GetLoadResponse.FromString,
             )
         )
 
@@ -102,13 +154,26 @@ class Connection:
             request.timeout_seconds = timeout
         return self._conversation.ask(request)
 
+    def step(self, timeout: float | None) -> StepLine:
+        """A line to one answer that is made step by step; `timeout` in seconds bounds it all."""
+        line = StepLine(self._step(timeout=timeout))
+        self._step_lines.add(line)
+        line.closed.add_done_callback(lambda _: self._step_lines.discard(line))
+        return line
+
+    async def finish(self) -> None:
+        """Closes the line when the asks on it have ended."""
+        while self._conversation.busy:
+            await asyncio.sleep(REWATCH_SECONDS)
+        await self.close()
+
     async def close(self) -> None:
         """Ends every call on this line."""
         await self._conversation.close()
-        if self._watching is not None:
-            self._watching.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._watching
+        tasks = [task for task in (self._watching, self._listening) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._channel.close(None)
 
     async def _follow(self) -> None:
@@ -117,6 +182,7 @@ class Connection:
                 reason = await self._follow_stream()
             except grpc.aio.AioRpcError as error:
                 reason = error.details() or error.code().name
+            self._serves = False
             self._listener.unreachable(self, reason)
             await asyncio.sleep(REWATCH_SECONDS)
 
@@ -125,10 +191,72 @@ class Connection:
         request = health_pb2.HealthCheckRequest(service=SERVICE)
         async for response in self._watch(request, wait_for_ready=True):
             if response.status != health_pb2.HealthCheckResponse.SERVING:
+                self._serves = False
                 self._listener.draining(self)
                 continue
             about = await self._describe(worker_pb2.DescribeRequest(), timeout=DESCRIBE_SECONDS)
             if about.incarnation != self.incarnation:
                 return "another process has taken its address"
+            self._serves, self._hangs = True, False
             self._listener.serving(self, about)
+            if self._listening is None or self._listening.done():
+                self._listening = asyncio.create_task(self._listen(), name=f"beat of {self.name}")
         return "its health stream ended"
+
+    async def _listen(self) -> None:
+        """Follows the heartbeats while the worker serves; a break is the health stream's matter."""
+        while self._serves:
+            request = worker_pb2.WatchLoadRequest(interval_seconds=BEAT_SECONDS)
+            call = self._watch_load(request)
+            try:
+                await self._hear(call)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                    return  # another kind of worker: it has its health stream only
+            finally:
+                call.cancel()
+            await asyncio.sleep(REWATCH_SECONDS)
+
+    async def _hear(self, call: Any) -> None:
+        """Takes the heartbeats of one call, until it breaks."""
+        beats = aiter(call)
+        arriving = asyncio.ensure_future(anext(beats))
+        try:
+            while True:
+                await asyncio.wait((arriving,), timeout=self._patience.silent)
+                if not arriving.done():
+                    self._hang(f"no heartbeat for {self._patience.silent:g} s")
+                    await asyncio.wait((arriving,))
+                try:
+                    load = arriving.result()
+                except StopAsyncIteration:
+                    return
+                arriving = asyncio.ensure_future(anext(beats))
+                self._judge(load)
+        finally:
+            arriving.cancel()
+
+    def _judge(self, load: worker_pb2.GetLoadResponse) -> None:
+        if load.step_age_seconds > self._patience.stuck:
+            self._hang(f"its engine has not moved for {load.step_age_seconds:.0f} s")
+            return
+        if self._hangs:
+            self._hangs = False
+            if self._serves:
+                self._listener.revived(self)
+        beat = self._pace.beat(
+            now=time.monotonic(),
+            running=load.running_sequences,
+            completed=load.completion_tokens,
+            outstanding=load.outstanding_tokens,
+            rate=load.tokens_per_second,
+        )
+        self._listener.beat(self, beat)
+
+    def _hang(self, reason: str) -> None:
+        if not self._hangs:
+            self._hangs = True
+            self._conversation.break_off(reason)
+            for line in tuple(self._step_lines):
+                line.break_off(reason)
+            self._listener.hung(self, reason)

@@ -13,6 +13,7 @@ import grpc
 import grpc.aio
 
 from ...protos.worker_pb2 import CancelAsk, ConverseRequest, Reply
+from ...worker.errors import Unavailable
 from ..status import Failure
 
 OpenCall = Callable[[], Any]
@@ -63,6 +64,11 @@ class Conversation:
         self._wake = asyncio.Event()
         self._tasks: tuple[asyncio.Task[None], ...] = ()
 
+    @property
+    def busy(self) -> bool:
+        """Whether an ask is open."""
+        return bool(self._pending)
+
     def ask(self, request: ConverseRequest) -> Pending:
         """Sends an ask; its number is set here."""
         if self._call is None:
@@ -77,6 +83,13 @@ class Conversation:
         """Gives an ask up; a no-op if it has ended."""
         if self._pending.pop(ask, None) is not None:
             self._send(ConverseRequest(ask=ask, cancel=CancelAsk()))
+
+    def break_off(self, reason: str) -> None:
+        """Ends the call because the worker does not move; every open ask fails as UNAVAILABLE."""
+        if self._call is not None:
+            failure = Failure.of_error(Unavailable(f"the worker hangs: {reason}"))
+            self._tasks[0].cancel()
+            self._end(self._call, failure)
 
     async def close(self) -> None:
         """Ends the call and with it every ask."""
@@ -126,6 +139,8 @@ class Conversation:
 
     def _end(self, call: Any, failure: Failure) -> None:
         call.cancel()
+        if self._call is not call:
+            return  # broken off before
         self._call = None
         self._tasks[1].cancel()
         broken, self._pending = self._pending, {}

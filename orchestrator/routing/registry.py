@@ -13,6 +13,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+from .breaker import Breaker
+
+SPEED_SHARE = 0.3
+"""Weight of the newest heartbeat in a worker's observed speed."""
+
 
 class WorkerState(IntEnum):
     """The numbers are those of `conclave.v1.WorkerState`."""
@@ -38,7 +43,23 @@ class Worker:
     """Why it is not serving; empty while it is."""
     lost: bool = False
     """Down, and nobody is going to bring it back."""
+    weights: str = ""
+    """Fingerprint of its checkpoint: workers with the same one give the same tokens."""
+    tokenizer: str = ""
+    """Fingerprint of its tokenizer."""
+    max_sequences: int = 0
+    """Sequences that it runs at once; 0 if it has not said."""
     open_requests: int = 0
+    open_sequences: int = 0
+    open_tokens: int = 0
+    """Prompt and answer tokens that our open asks may still cost it."""
+    foreign_tokens: int = 0
+    """The same of other gateways' asks, by its last heartbeat."""
+    speed: float = 0.0
+    """Answer tokens a second of one of its streams, observed; 0 if unknown."""
+    tokens_per_second: float = 0.0
+    """Answer tokens a second of all its streams, by its last heartbeat."""
+    breaker: Breaker = field(default_factory=Breaker)
     served_requests: int = 0
     restarts: int = 0
     process: int = 0
@@ -47,11 +68,53 @@ class Worker:
     """How often it turned to SERVING; an ask that failed in an earlier epoch may try again."""
 
     @property
+    def outstanding_tokens(self) -> int:
+        """Work that it has not done yet, in tokens."""
+        return self.open_tokens + self.foreign_tokens
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more ask would start soon; a few queue there, so that it never idles."""
+        if not self.max_sequences:
+            return True
+        return self.open_sequences < self.max_sequences + max(1, self.max_sequences // 8)
+
+    @property
+    def cost(self) -> float:
+        """Cost of 1,000 tokens: its label `cost`, 1 without one."""
+        try:
+            return float(self.labels.get("cost", "1"))
+        except ValueError:
+            return 1.0
+
+    @property
     def may_come_back(self) -> bool:
         """Whether waiting for it can be worth it."""
         if self.state is WorkerState.DOWN:
             return not self.lost
         return self.state is WorkerState.STARTING
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What a worker says of itself once it serves."""
+
+    model: str
+    device: str
+    labels: Mapping[str, str]
+    weights: str = ""
+    tokenizer: str = ""
+    max_sequences: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """One heartbeat of a worker."""
+
+    outstanding_tokens: int
+    tokens_per_second: float
+    stream_speed: float | None
+    """Answer tokens a second of one stream since the last beat; None if it was idle."""
 
 
 class Registry:
@@ -80,14 +143,26 @@ class Registry:
         if worker.incarnation:
             worker.restarts += 1
         worker.address, worker.incarnation, worker.process = address, incarnation, process
-        worker.lost = False
+        worker.lost, worker.breaker = False, Breaker()
+        worker.foreign_tokens, worker.speed, worker.tokens_per_second = 0, 0.0, 0.0
         self._move(worker, WorkerState.STARTING, "waiting for its health")
         return True
 
-    def described(self, name: str, *, model: str, device: str, labels: Mapping[str, str]) -> None:
+    def described(self, name: str, about: About) -> None:
         """The worker has said what it is."""
         worker = self.workers[name]
-        worker.model, worker.device, worker.labels = model, device, dict(labels)
+        worker.model, worker.device, worker.labels = about.model, about.device, about.labels
+        worker.weights, worker.tokenizer = about.weights, about.tokenizer
+        worker.max_sequences = about.max_sequences
+
+    def beat(self, name: str, beat: Beat) -> None:
+        """The worker has said how busy it is."""
+        worker = self.workers[name]
+        worker.foreign_tokens = max(0, beat.outstanding_tokens - worker.open_tokens)
+        worker.tokens_per_second = beat.tokens_per_second
+        if beat.stream_speed is not None:
+            old = worker.speed or beat.stream_speed
+            worker.speed = old + SPEED_SHARE * (beat.stream_speed - old)
 
     def serving(self, name: str) -> None:
         """The worker's health says SERVING."""

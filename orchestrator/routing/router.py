@@ -1,14 +1,25 @@
-"""Which worker answers an ask: the least loaded one that serves and fits. Pure.
+"""Which worker answers an ask. Pure.
 
-Gave up for now: prefix affinity and power-of-two choices. With one gateway the open requests are
-known exactly, so the plain minimum is the better choice.
+The measure is work: tokens outstanding at a worker, this ask's included, over the speed observed
+there. With one gateway the outstanding tokens are known exactly and the minimum is the best choice.
+When other gateways send work too, what is known of it is up to a heartbeat old, and everybody would
+run to the same minimum: then the better of two drawn at random is taken (Mitzenmacher 2001).
+A session's worker, or one that has computed the prompt's beginning, is preferred only while it is
+hardly worse than the best: affinity that outweighs load makes tails longer.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ...worker.errors import ConclaveError
 from .registry import Worker, WorkerState
+
+WARM_GAP = 1.25
+"""How much more work than the best a worker may have and still be taken for what it remembers."""
+WARM_TOKENS = 128
+"""That much more is always fine: a prefill saved outweighs it."""
+CANARY = "canary"
+"""Label: the share (0 to 1) of the asks that fit the worker which go to workers like it."""
 
 
 class WorkerNotFound(ConclaveError):
@@ -58,19 +69,103 @@ def turn(worker: Worker) -> Turn:
     return worker.name, worker.epoch
 
 
-def choose(workers: Iterable[Worker], selector: Selector, tried: Collection[Turn]) -> Worker | None:
-    """The worker with the fewest open requests, then the fewest served, then by name.
+@dataclass(slots=True)
+class Wish:
+    """What an ask wants of its worker."""
 
-    `tried` holds the turns that have failed this ask already; a worker that came back is a new
-    chance. None if nobody serves; raises WorkerNotFound if nobody ever could.
+    selector: Selector = ANY
+    tokens: int = 0
+    """Prompt and answer tokens that it may cost."""
+    tried: set[Turn] = field(default_factory=set)
+    """Turns that have failed it; a worker that came back is a new chance."""
+    avoid: frozenset[str] = frozenset()
+    """Workers that other members of its ensemble have."""
+    weights: str = ""
+    """Fingerprint that the worker must have, to go on with a stream."""
+    pinned: str = ""
+    """The worker to have if it can, whatever its load."""
+    warm: tuple[str, ...] = ()
+    """Workers to prefer while the load gap is small: the session's, the prompt's."""
+    draw: float = 0.0
+    """A number in [0, 1) of its own, for the canary share and the two choices."""
+
+    def allows(self, worker: Worker) -> bool:
+        """Whether the worker may ever answer."""
+        if self.weights and worker.weights != self.weights:
+            return False
+        return worker.name not in self.avoid
+
+
+def candidates(workers: Iterable[Worker], wish: Wish) -> list[Worker]:
+    """Every known worker that may ever answer. Raises WorkerNotFound if none fits the selector."""
+    return [worker for worker in matching(workers, wish.selector) if wish.allows(worker)]
+
+
+def choose(workers: Iterable[Worker], wish: Wish, now: float) -> Worker | None:
+    """The worker for an ask; None if none can take it now.
+
+    Raises WorkerNotFound if no worker ever could. `now` is the breakers' clock.
     """
-    serving = [
+    able = [
         worker
-        for worker in matching(workers, selector)
-        if worker.state is WorkerState.SERVING and turn(worker) not in tried
+        for worker in candidates(workers, wish)
+        if worker.state is WorkerState.SERVING
+        and worker.has_room
+        and worker.breaker.allows(now)
+        and turn(worker) not in wish.tried
     ]
-    return min(serving, key=_load, default=None)
+    pinned = [worker for worker in able if worker.name == wish.pinned]
+    able = pinned or _canaries(able, wish)
+    if len(able) < 2:
+        return able[0] if able else None
+    speed = _typical_speed(able)
+
+    def work(worker: Worker) -> float:
+        return (worker.outstanding_tokens + wish.tokens) / (worker.speed or speed)
+
+    best = min(_contenders(able, wish), key=lambda w: (work(w), w.served_requests, w.name))
+    return _warm(able, wish, limit=work(best) * WARM_GAP + WARM_TOKENS / speed, work=work) or best
 
 
-def _load(worker: Worker) -> tuple[int, int, str]:
-    return worker.open_requests, worker.served_requests, worker.name
+def _canaries(able: list[Worker], wish: Wish) -> list[Worker]:
+    """The canaries for their share of the asks, the others for the rest, whoever is there if not.
+
+    An ask that names its worker or its labels has chosen for itself.
+    """
+    shares = {worker.name: _share(worker) for worker in able}
+    if wish.selector.names or wish.selector.labels or not any(shares.values()):
+        return able
+    chosen = wish.draw < max(shares.values())
+    return [worker for worker in able if bool(shares[worker.name]) is chosen] or able
+
+
+def _share(worker: Worker) -> float:
+    try:
+        return float(worker.labels.get(CANARY, "0"))
+    except ValueError:
+        return 0.0
+
+
+def _typical_speed(workers: Collection[Worker]) -> float:
+    """What a worker is taken to do of which nothing has been seen."""
+    known = [worker.speed for worker in workers if worker.speed > 0]
+    return sum(known) / len(known) if known else 1.0
+
+
+def _contenders(able: list[Worker], wish: Wish) -> list[Worker]:
+    """All, or two of them while the view is stale."""
+    if not any(worker.foreign_tokens for worker in able):
+        return able
+    first = int(wish.draw * len(able))
+    second = (first + 1 + int(wish.draw * 7919 % (len(able) - 1))) % len(able)
+    return [able[first], able[second]]
+
+
+def _warm(
+    able: list[Worker], wish: Wish, limit: float, work: Callable[[Worker], float]
+) -> Worker | None:
+    for name in wish.warm:
+        for worker in able:
+            if worker.name == name and work(worker) <= limit:
+                return worker
+    return None

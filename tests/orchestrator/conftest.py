@@ -86,8 +86,28 @@ class Scripts:
         return script
 
     @staticmethod
-    def say(text: str) -> Script:
+    def count(total: int = 6, pause: float = 0.0, die_at: int | None = None) -> Script:
+        """Token i has id i and text "ti ", made ones are left out; perhaps it dies on the way."""
+
         async def script(worker: "FakeWorker", request: Any, context: Any) -> Events:
+            made = len(request.made[0].ids) if request.made else 0
+            for index in range(made, total):
+                if index == die_at:
+                    worker.relay.kill()
+                    await asyncio.Event().wait()
+                event = worker.delta(request, f"t{index} ")
+                event.delta.tokens[0].id = index
+                yield event
+                await worker.received(request.request_id.split("~")[0], index + 1)
+                await asyncio.sleep(pause)
+            yield worker.finished(request, total)
+
+        return script
+
+    @staticmethod
+    def say(text: str, pause: float = 0.0) -> Script:
+        async def script(worker: "FakeWorker", request: Any, context: Any) -> Events:
+            await asyncio.sleep(pause)
             yield worker.delta(request, text)
             yield worker.finished(request, 1)
 
@@ -168,6 +188,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.incarnation = incarnation
         self.model = model
         self.labels: dict[str, str] = {}
+        self.weights = name
+        self.max_sequences = 0
+        self.load = worker_pb2.GetLoadResponse()
+        self.silent = False
         self.script = Scripts.answer()
         self.asked: list[Any] = []
         self.timeouts: list[float | None] = []
@@ -228,7 +252,16 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             labels=self.labels,
             incarnation=self.incarnation,
             device="cpu",
+            model_fingerprint=self.weights,
+            tokenizer_fingerprint="tokenizer",
+            max_sequences=self.max_sequences,
         )
+
+    async def WatchLoad(self, request: Any, context: Any) -> Any:
+        while True:
+            if not self.silent:
+                yield self.load
+            await asyncio.sleep(0.02)
 
     async def Generate(self, request: Any, context: Any) -> Events:
         self.asked.append(request)

@@ -89,7 +89,7 @@ def test_attempts_are_limited(rig: Any, run: Any) -> None:
 
 def test_a_stream_that_has_begun_ends_with_one_failed_event(rig: Any, run: Any) -> None:
     async def scenario() -> None:
-        async with rig(2) as fleet:
+        async with rig(2, wait_for_worker_seconds=0.2) as fleet:
             for worker in fleet.workers:
                 worker.script = fleet.Scripts.die_after(2)
             events = await fleet.events()

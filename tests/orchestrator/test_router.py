@@ -1,7 +1,7 @@
 import pytest
 
 from conclave.orchestrator.routing.registry import Worker, WorkerState
-from conclave.orchestrator.routing.router import ANY, Selector, WorkerNotFound, choose, turn
+from conclave.orchestrator.routing.router import ANY, Selector, Wish, WorkerNotFound, choose, turn
 
 
 def worker(
@@ -13,16 +13,16 @@ def worker(
     **labels: str,
 ) -> Worker:
     return Worker(
-        name, model=model, labels=labels, state=state, open_requests=load, served_requests=served
+        name, model=model, labels=labels, state=state, open_tokens=load, served_requests=served
     )
 
 
 def chosen(workers: list[Worker], selector: Selector = ANY) -> str | None:
-    found = choose(workers, selector, set())
+    found = choose(workers, Wish(selector), 0.0)
     return found.name if found else None
 
 
-def test_fewest_open_then_fewest_served_then_name() -> None:
+def test_least_work_then_fewest_served_then_name() -> None:
     assert chosen([worker("a", 2), worker("b", 1), worker("c", 1)]) == "b"
     assert chosen([worker("a", 1, served=9), worker("b", 1, served=3)]) == "b"
     assert chosen([worker("b"), worker("a")]) == "a"
@@ -44,15 +44,15 @@ def test_conditions_hold_at_once() -> None:
 def test_nobody_known_fits() -> None:
     selector = Selector(frozenset({"z"}), "n", {"tier": "y"})
     with pytest.raises(WorkerNotFound, match="names z; model n; label tier=y"):
-        choose([worker("a")], selector, set())
+        choose([worker("a")], Wish(selector), 0.0)
     with pytest.raises(WorkerNotFound, match="any worker"):
-        choose([], ANY, set())
+        choose([], Wish(), 0.0)
 
 
 def test_a_failed_turn_is_not_repeated_but_a_new_one_counts() -> None:
     a, b = worker("a"), worker("b", 5)
     tried = {turn(a)}
-    assert choose([a, b], ANY, tried) is b
-    assert choose([a], ANY, tried) is None
+    assert choose([a, b], Wish(tried=tried), 0.0) is b
+    assert choose([a], Wish(tried=tried), 0.0) is None
     a.epoch += 1
-    assert choose([a, b], ANY, tried) is a
+    assert choose([a, b], Wish(tried=tried), 0.0) is a

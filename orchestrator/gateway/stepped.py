@@ -1,0 +1,156 @@
+"""Carries out token-level strategies: one open Step call for each member.
+
+Nothing waits for a write: a member has answered before it is given anything more, so at most one
+request is under way on each line.
+"""
+
+import asyncio
+from dataclasses import dataclass
+
+from ...protos import ensemble_pb2
+from ...protos.generation_pb2 import Delta, GenerateRequest, GenerateResponse
+from ...protos.worker_pb2 import StepOpen, StepRequest, StepResponse, StepTake
+from ...worker.errors import ConclaveError, Unavailable
+from ..ensemble.calls import Command, Lost, Open, Shut, Stepped, Take, Tell, Verdict
+from ..lines.step_line import StepLine
+from ..routing.registry import Worker
+from ..status import Failure
+from .admission import Ask as Admitted
+from .ensembles import EnsembleRun, most_prompt_tokens
+from .member_call import MemberCall
+from .opening import size
+
+
+@dataclass(slots=True)
+class _Lease:
+    """A member's worker while it is stepped."""
+
+    ask: Admitted
+    worker: Worker
+    line: StepLine
+
+
+class SteppedRun(EnsembleRun):
+    """One answer made token by token."""
+
+    _leases: dict[int, _Lease]
+    _opening: dict[int, asyncio.Task[None]]
+
+    async def do(self, command: Command) -> None:
+        """Carry a command out."""
+        match command:
+            case Open():
+                self._begin(command)
+            case Take():
+                lease = self._leases.get(command.member)
+                if lease is not None:
+                    take = StepTake(ids=command.ids, generate=command.generate)
+                    lease.line.send(StepRequest(take=take))
+            case Shut():
+                self._give_back(command.member, None)
+                state = ensemble_pb2.MEMBER_STATE_LEFT_BEHIND
+                self.calls[command.member].end(state, command.reason)
+            case Tell():
+                await self.say(GenerateResponse(delta=Delta(tokens=[command.token])))
+            case _:
+                await super().do(command)
+
+    def prepare(self) -> None:
+        """Take the whole answer's share of the caps, before anything is asked."""
+        self._leases, self._opening = {}, {}
+        if self.allowance.tokens is None and self.allowance.cost is None:
+            return
+        sampling, width = self.request.sampling, len(self.seats)
+        prompt = most_prompt_tokens(self.request)
+        wanted = sampling.max_tokens if sampling.HasField("max_tokens") else 1 << 20
+        prices = [worker.cost if worker else 1.0 for worker in self.seats]
+        granted = self.allowance.grant(prompt * width, wanted * width, sum(prices) / width)
+        if granted < width:
+            raise Unavailable("the ensemble's cap on tokens or cost leaves no room for an answer")
+        sampling.max_tokens = granted // width
+
+    def _begin(self, command: Open) -> None:
+        call = self.calls.get(command.member)
+        if call is None:
+            seat = self.seats[command.member]
+            self.calls[command.member] = MemberCall(command.member, "answer", seat)
+        self._opening[command.member] = asyncio.create_task(
+            self._open(command), name=f"opening member {command.member}"
+        )
+
+    async def _open(self, command: Open) -> None:
+        member, request = command.member, self._step_request(command)
+        try:
+            ask = size(request, self.member_ask(member))
+            worker, line = await self.dispatcher.step(ask)
+        except (ConclaveError, Failure) as error:
+            self._lose(member, error)
+            return
+        self.calls[member].worker = worker
+        self._leases[member] = _Lease(ask, worker, line)
+        line.start(
+            lambda response: self._hear(member, response),
+            lambda failure: self._break(member, failure),
+        )
+        opening = StepOpen(
+            request=request, candidates=command.candidates, generate=command.generate
+        )
+        line.send(StepRequest(open=opening))
+
+    def _step_request(self, command: Open) -> GenerateRequest:
+        request = GenerateRequest()
+        request.CopyFrom(self.request)
+        request.whole = False
+        request.request_id = f"{self.request.request_id}/{command.member}"
+        if command.made:
+            request.made.add(ids=command.made)
+        if command.generate and not request.sampling.HasField("logprobs"):
+            request.sampling.logprobs = 0
+        return request
+
+    def _hear(self, member: int, response: StepResponse) -> None:
+        call = self.calls[member]
+        opened = response.opened if response.HasField("opened") else None
+        if opened is not None:
+            call.prompt_tokens += len(opened.prompt_ids)
+            call.state = ensemble_pb2.MEMBER_STATE_ASKED
+        call.completion_tokens = response.position
+        self.replies.put_nowait(
+            Stepped(
+                member,
+                response.position,
+                tuple(response.tokens),
+                response.end if response.HasField("end") else None,
+                response.ids,
+                response.logprobs,
+                opened,
+            )
+        )
+
+    def _break(self, member: int, failure: Failure) -> None:
+        self._give_back(member, failure)
+        self._lose(member, failure)
+
+    def _lose(self, member: int, error: Exception) -> None:
+        call = self.calls[member]
+        call.error = error
+        call.end(ensemble_pb2.MEMBER_STATE_FAILED, str(error))
+        self.replies.put_nowait(Lost(member, error))
+
+    def _give_back(self, member: int, failure: Failure | None) -> None:
+        lease = self._leases.pop(member, None)
+        if lease is not None:
+            self.dispatcher.end_step(lease.ask, lease.worker, lease.line, failure)
+
+    async def _finish(self, verdict: Verdict) -> None:
+        for call in self.calls.values():
+            if call.state == ensemble_pb2.MEMBER_STATE_ASKED:
+                call.end(ensemble_pb2.MEMBER_STATE_ANSWERED)
+        await super()._finish(verdict)
+
+    def _stop(self) -> None:
+        super()._stop()
+        for task in self._opening.values():
+            task.cancel()
+        for member in tuple(self._leases):
+            self._give_back(member, None)
