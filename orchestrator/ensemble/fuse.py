@@ -31,7 +31,7 @@ class _Fuse:
         """Tokens of which the caller has been told."""
         self._votes: list[list[TokenVote]] = []
         self._fused: list[tuple[Fused, int] | None] = []
-        """What each token was chosen from, and where it stood there, if the caller asked."""
+        """What each token was chosen from, if the caller asked for log-probabilities."""
         self._late = False
         self._agreed = 0
 
@@ -84,11 +84,11 @@ class _Fuse:
         if told is None:
             return
         assert self.all.sampling is not None
-        fused, position = told
-        logprobs = fused.logprobs()
-        token.logprob, token.rank = float(logprobs[position]), position + 1
+        fused, chosen = told
+        position = fused.ids.index(chosen)
+        token.logprob, token.rank = fused.logprobs[position], position + 1
         for place in range(min(self.all.sampling.logprobs, len(fused.ids))):
-            token.candidates.add(id=int(fused.ids[place]), logprob=float(logprobs[place]))
+            token.candidates.add(id=fused.ids[place], logprob=fused.logprobs[place])
 
     def _is_ready(self) -> bool:
         here = [self._is_here(s.step) for s in self.all.members]
@@ -104,15 +104,15 @@ class _Fuse:
         """Choose a token and give it to everybody who is here."""
         here = [n for n, s in enumerate(self.all.members) if self._is_here(s.step)]
         told = [self._told_by(number) for number in here]
-        fused = combine(told, self.all.vocabulary, self._product)
+        fused = combine(told, self._product)
         assert self.all.sampling is not None
         rules = rules_of(self.all.sampling)
         banned = self.all.banned(self.all.stops)
-        position = choose(fused, rules, len(self.all.tokens), self.all.counts, banned)
-        self._vote(here, fused, position)
+        chosen = choose(fused, rules, len(self.all.tokens), self.all.counts, banned)
+        self._vote(here, told, chosen)
         asked = self.all.sampling.HasField("logprobs")
-        self._fused.append((fused, position) if asked else None)
-        self.all.add(int(fused.ids[position]))
+        self._fused.append((fused, chosen) if asked else None)
+        self.all.add(chosen)
         self._late = False
         for number, stepper in enumerate(self.all.members):
             stepper.present = number in here
@@ -121,16 +121,16 @@ class _Fuse:
     def _told_by(self, number: int) -> Told:
         stepper = self.all.members[number]
         assert stepper.step is not None
-        return Told(stepper.step.ids, stepper.step.logprobs, stepper.weight)
+        step = stepper.step
+        return Told(step.ids, step.logprobs, self.all.vocabulary, stepper.weight)
 
-    def _vote(self, here: Sequence[int], fused: Fused, position: int) -> None:
-        chosen = int(fused.ids[position])
+    def _vote(self, here: Sequence[int], told: Sequence[Told], chosen: int) -> None:
         votes = []
-        for row, number in enumerate(here):
-            agreed = fused.favourites[row] == chosen
+        for number, each in zip(here, told, strict=True):
+            agreed = each.favourite == chosen
             self.all.members[number].dissents += not agreed
             self._agreed += agreed
-            logprob = float(fused.members[row, position])
+            logprob = each.logprob(chosen)
             votes.append(TokenVote(member=number, logprob=logprob, agreed=agreed))
         self._votes.append(votes)
 

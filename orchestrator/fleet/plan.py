@@ -65,12 +65,13 @@ class Observation:
 class History:
     """What one copy has been through."""
 
-    ready_at: float | None = None
-    """When it was first seen ready; None if it never was."""
+    ready_once: bool = False
     launches: int = 0
     """Since it was last ready."""
     launched_at: float = float("-inf")
     """Monotonic seconds, as all times here."""
+    ready_at: float | None = None
+    """Since when it has been ready; None if it is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,7 @@ class _Seat:
 
     @property
     def lost(self) -> bool:
-        return self.phase is Phase.FAILED and self.history.ready_at is None
+        return self.phase is Phase.FAILED and not self.history.ready_once
 
     @property
     def busy(self) -> bool:
@@ -203,15 +204,15 @@ def observed_names(observed: Iterable[Copy]) -> list[str]:
 
 def is_lost(seen: Observation, history: History) -> bool:
     """Whether the copy failed in a way that a further launch would only repeat."""
-    return seen.phase is Phase.FAILED and history.ready_at is None
+    return seen.phase is Phase.FAILED and not history.ready_once
 
 
 def remember(seen: Observation, history: History, now: float) -> History:
     """The history after one more look."""
     if seen.phase is not Phase.READY:
-        return history
+        return replace(history, ready_at=None)
     ready_at = now if history.ready_at is None else history.ready_at
-    return replace(history, ready_at=ready_at, launches=0)
+    return replace(history, ready_once=True, launches=0, ready_at=ready_at)
 
 
 def launched(history: History, now: float) -> History:
@@ -271,7 +272,7 @@ def _missing(seat: _Seat, now: float) -> bool:
     if seat.phase in (*ALIVE, Phase.DRAINING) or seat.lost:
         return False
     past = seat.history
-    if past.launches == 0 and past.ready_at is None:
+    if past.launches == 0 and not past.ready_once:
         return True
     pause = RELAUNCH_SECONDS[min(past.launches, len(RELAUNCH_SECONDS) - 1)]
     return now - past.launched_at >= pause

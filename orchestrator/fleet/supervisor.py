@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol
 
@@ -162,19 +163,21 @@ class Supervisor:
         self, desired: Mapping[str, Wanted], observed: Mapping[Copy, Observation]
     ) -> list[Action]:
         updating = outdated_groups(desired, observed)
-        roomy = set()
-        for name, wanted in desired.items():
-            if wanted.group in updating and wanted.surge == "auto" and wanted.group not in roomy:
-                updating.discard(wanted.group)  # one look a group
-                if self._actors.room(self._sizes.specs[name]):
-                    roomy.add(wanted.group)
+        members = {wanted.group: name for name, wanted in desired.items()}
+        room = {
+            group
+            for group, name in members.items()
+            if group in updating
+            and desired[name].surge == "auto"
+            and self._actors.room(self._sizes.specs[name])
+        }
         return plan(
             desired,
             observed,
             self._history,
             self._clock(),
             known=self._sizes.specs.keys(),
-            room=roomy,
+            room=room,
             patience_ends=self._patience_ends,
         )
 
@@ -234,6 +237,9 @@ class Supervisor:
                 # Ray raises many kinds here when its head goes away; the next round may succeed.
                 log.warning("could not look after the workers", exc_info=True)
             self._wake.wait(ROUND_SECONDS)
+        if self._leads:
+            with suppress(Exception):
+                self._actors.request(())  # nodes must not be kept for a gateway that is gone
 
 
 _HALTED = (

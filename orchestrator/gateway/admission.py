@@ -130,6 +130,10 @@ class Admission:
                 return
             if waiter.placed.done():
                 continue
+            if self._comes_too_late(waiter.ask, wait=0.0):
+                self._waiters.remove(waiter)
+                waiter.placed.set_exception(self._refusal("no time is left to answer it"))
+                continue
             worker = self._choose(waiter.ask)
             if worker is not None:
                 self._waiters.remove(waiter)
@@ -177,10 +181,19 @@ class Admission:
 
     def _check_deadline(self, ask: Ask, ahead: list[_Waiter]) -> None:
         """Refuses at once what could only come too late."""
-        remaining = ask.remaining()
         wait = self._wait_seconds(ahead)
-        if remaining is not None and wait > remaining:
-            raise self._refusal(f"its turn comes in about {wait:.1f} s, after its deadline")
+        if ahead and self._comes_too_late(ask, wait):
+            raise self._refusal(f"its turn comes in about {wait:.1f} s, too late for its deadline")
+
+    def _comes_too_late(self, ask: Ask, wait: float) -> bool:
+        """Whether a whole answer could not be there by the deadline, as things look."""
+        remaining = ask.remaining()
+        if remaining is None:
+            return False
+        workers = self._registry.workers.values()
+        speeds = [w.speed for w in workers if w.speed and w.state is WorkerState.SERVING]
+        longest = ask.answer_tokens / ask.sequences * self._fill
+        return wait + (longest / max(speeds) if speeds else 0.0) > remaining
 
     def _make_room(self, ask: Ask) -> None:
         """Refuses this ask, or one of lower priority, if the queue is full."""

@@ -6,7 +6,7 @@ and is sent to the strategy in order of arrival. Whatever way the run ends, no c
 
 import asyncio
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from ...protos import ensemble_pb2
@@ -144,10 +144,10 @@ class EnsembleRun:
         """Carry a command out."""
         match command:
             case Ask():
-                self._start(command.call, self._member_call(command), self._answer(command))
+                self._start(command.call, self._member_call(command), lambda: self._answer(command))
             case Judge():
                 call = self._member_call(command)
-                self._start(command.call, call, self._judge(command, call))
+                self._start(command.call, call, lambda: self._judge(command, call))
             case Drop():
                 self._drop(command.call, FATES[command.fate], command.reason)
             case Alarm():
@@ -197,11 +197,11 @@ class EnsembleRun:
         self.calls[command.call] = call
         return call
 
-    def _start(self, number: int, call: MemberCall, work: Awaitable[Reply]) -> None:
+    def _start(self, number: int, call: MemberCall, work: Callable[[], Awaitable[Reply]]) -> None:
         async def carry() -> None:
             try:
                 async with asyncio.timeout(self.spec.timeout):
-                    reply = await work
+                    reply = await work()
                 state, reason = ensemble_pb2.MEMBER_STATE_ANSWERED, ""
             except TimeoutError:
                 reason = f"no answer within {self.spec.timeout:g} s"

@@ -98,7 +98,7 @@ def test_what_would_come_too_late_is_refused_at_once() -> None:
         worker.tokens_per_second = 1.0
         waiting = asyncio.create_task(admission.place(ask()))
         await asyncio.sleep(0)
-        with pytest.raises(Overloaded, match="after its deadline"):
+        with pytest.raises(Overloaded, match="too late for its deadline"):
             await admission.place(ask(seconds=5.0))
         patient = asyncio.create_task(admission.place(ask(seconds=60.0)))
         await asyncio.sleep(0)

@@ -28,7 +28,7 @@ FAILED = Observation(Phase.FAILED, reason="bad checkpoint")
 
 A, B, C = Copy("a", "1"), Copy("b", "1"), Copy("c", "1")
 A2, B2 = Copy("a", "2"), Copy("b", "2")
-LONG_READY = History(ready_at=-100.0)
+LONG_READY = History(ready_once=True, ready_at=-100.0)
 
 
 def want(names: str, version: str = "1", surge: Surge = "auto") -> dict[str, Wanted]:
@@ -77,8 +77,11 @@ def test_a_worker_that_served_is_launched_again_after_a_pause() -> None:
 
 
 def test_serving_again_forgets_the_failures() -> None:
-    history = History(ready_at=1.0, launches=4, launched_at=10.0)
-    assert remember(READY, history, now=20.0) == History(1.0, 0, 10.0)
+    history = History(ready_once=True, launches=4, launched_at=10.0)
+    again = remember(READY, history, now=20.0)
+    assert (again.launches, again.ready_at) == (0, 20.0)
+    assert remember(READY, again, now=30.0) == again
+    assert remember(STARTING, again, now=30.0).ready_at is None, "it has to settle anew"
     assert remember(STARTING, history, now=20.0) == history
 
 
@@ -166,7 +169,7 @@ def test_going_back_while_an_update_is_under_way() -> None:
 
 def test_an_update_that_overtakes_another_goes_on_from_what_is_newest() -> None:
     observed = {A: READY, A2: READY, B: READY}
-    history = {A: LONG_READY, A2: History(ready_at=-1.0), B: LONG_READY}
+    history = {A: LONG_READY, A2: History(ready_once=True, ready_at=-1.0), B: LONG_READY}
     assert plan(want("ab", "3"), observed, history, now=0.0, room=["group"]) == [Stop(A)]
     assert face({A: READY, A2: READY}, "3", history) == (A2, READY)
     observed = {A: READY, A2: STARTING, B: READY}

@@ -1,5 +1,6 @@
 """The supervisor against actors that are a dictionary."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -141,6 +142,15 @@ def test_the_autoscaler_hears_of_what_is_missing_until_it_is_there() -> None:
     assert scene.actors.requests == [["a", "b"], []]
 
 
+def test_the_request_is_taken_back_at_the_end() -> None:
+    scene = Scene(simple("a"))
+    scene.supervisor.start()
+    while not scene.actors.requests:
+        time.sleep(0.01)
+    scene.supervisor.stop()
+    assert scene.actors.requests == [["a"], []]
+
+
 def test_a_group_wakes_grows_and_goes_to_sleep() -> None:
     group = {"name": "w", "min": 0, "max": 3, "target_load": 0.5, "scale_down_after_seconds": 10}
     scene = Scene(fleet(group | {"drain_seconds": 60}))
@@ -203,6 +213,13 @@ def test_a_follower_only_looks_until_the_lead_is_free() -> None:
     scene.actors.leads = True
     scene.round()
     assert scene.actors.done == [("launch", "w-0")]
+
+
+def test_one_that_may_not_lead_never_asks_for_it() -> None:
+    actors = FakeActors()
+    supervisor = Supervisor(actors, simple("a"), Scene(simple("a")).tell, may_lead=False)
+    supervisor.round()
+    assert actors.done == []
 
 
 def test_an_update_replaces_workers_one_by_one(caplog: Any) -> None:
