@@ -1,4 +1,4 @@
-"""Train the small Gemma 4 model that this repository ships, from Debian's package descriptions.
+"""Train the small Gemma 4 models that this repository ships, from Debian's package descriptions.
 
 The whole route, one command after the other (run from the repository's root):
 
@@ -9,13 +9,16 @@ The whole route, one command after the other (run from the repository's root):
     python -m examples.train_model evaluate    # perplexity of the shipped sample, on a CPU
     python -m examples.train_model card        # the figures in the model card
 
+That is the dense model. `train`, `evaluate` and `card` take `--shape ple` and `--shape moe` for the
+other two, which share its text, tokens and tokenizer; `mixture` measures the three together.
+
 This is the command line; the steps are in `examples/debian_model/`. Given up: quality beyond
 package descriptions, documents over 2,048 tokens, and resuming a training run.
 """
 
 from __future__ import annotations
 
-import shutil
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +29,7 @@ from rich.table import Table
 
 from .debian_model import corpus, package_lists
 from .debian_model.card import update_card
-from .debian_model.checkpoint import save_checkpoint
+from .debian_model.checkpoint import copy_text_files, save_checkpoint
 from .debian_model.encoding import Encoded, encode_documents
 from .debian_model.evaluation import (
     final_evaluation,
@@ -35,11 +38,12 @@ from .debian_model.evaluation import (
     write_evaluation,
 )
 from .debian_model.files import RouteError
+from .debian_model.mixture import mixture_perplexities
 from .debian_model.sample import write_sample
+from .debian_model.shapes import DENSE_FOLDER, SHAPES, Recipe, Shape, ShapeName
 from .debian_model.tokenizer import learn_tokenizer, save_tokenizer
-from .debian_model.training import Recipe, Trainer
+from .debian_model.training import Trainer
 
-MODEL_FOLDER = Path(__file__).parent / "models" / "debian-8m"
 WORK_FOLDER = Path("build/debian-8m")
 CORPUS_FILE = "corpus.jsonl.gz"
 SPLITS = (corpus.TRAINING, corpus.VALIDATION, corpus.HELD_OUT)
@@ -50,7 +54,13 @@ app = typer.Typer(
 console = Console()
 say = partial(console.print, markup=False)
 
-ModelOption = Annotated[Path, typer.Option("--model", help="Folder of the checkpoint.")]
+ShapeOption = Annotated[ShapeName, typer.Option("--shape", help="Which of the three models.")]
+ModelOption = Annotated[
+    Path | None, typer.Option("--model", help="Folder of the checkpoint.", show_default="its own")
+]
+TokenizerOption = Annotated[
+    Path, typer.Option("--model", help="Folder of the dense model, with the tokenizer.")
+]
 WorkOption = Annotated[Path, typer.Option("--work", help="Folder for the corpus and its tokens.")]
 
 
@@ -74,17 +84,18 @@ def corpus_command(
 
 
 @app.command("tokenizer")
-def tokenizer_command(work: WorkOption = WORK_FOLDER, model: ModelOption = MODEL_FOLDER) -> None:
+def tokenizer_command(
+    work: WorkOption = WORK_FOLDER, model: TokenizerOption = DENSE_FOLDER
+) -> None:
     """Learn the tokenizer from the training documents."""
     tokenizer = learn_tokenizer(corpus.read(work / CORPUS_FILE))
+    copy_text_files(DENSE_FOLDER, model)  # of which the chat template stays
     save_tokenizer(tokenizer, model)
-    if model.resolve() != MODEL_FOLDER.resolve():
-        shutil.copy(MODEL_FOLDER / "chat_template.jinja", model)
     say(f"{tokenizer.get_vocab_size():,} entries in {model / 'tokenizer.json'}")
 
 
 @app.command("encode")
-def encode_command(work: WorkOption = WORK_FOLDER, model: ModelOption = MODEL_FOLDER) -> None:
+def encode_command(work: WorkOption = WORK_FOLDER, model: TokenizerOption = DENSE_FOLDER) -> None:
     """Write the documents as token ids, and the held-out sample beside the model."""
     documents = list(corpus.read(work / CORPUS_FILE))
     for split in SPLITS:
@@ -99,39 +110,44 @@ def encode_command(work: WorkOption = WORK_FOLDER, model: ModelOption = MODEL_FO
 
 @app.command("train")
 def train_command(
+    shape: ShapeOption = ShapeName.DENSE,
     work: WorkOption = WORK_FOLDER,
-    model: ModelOption = MODEL_FOLDER,
-    epochs: Annotated[float, typer.Option(help="Passes over the text.")] = Recipe.epochs,
-    minutes: Annotated[float, typer.Option(help="End the run after this time.")] = Recipe.minutes,
-    row_length: Annotated[int, typer.Option(help="Tokens per row.")] = Recipe.row_length,
-    tokens_per_step: Annotated[
-        int, typer.Option(help="Tokens per optimizer step.")
-    ] = Recipe.tokens_per_step,
-    learning_rate: Annotated[float, typer.Option(help="At its highest.")] = Recipe.learning_rate,
-    weight_decay: Annotated[float, typer.Option(help="On matrices.")] = Recipe.weight_decay,
-    warmup_steps: Annotated[
-        int, typer.Option(help="Steps to the highest rate.")
-    ] = Recipe.warmup_steps,
-    evaluations: Annotated[
-        int, typer.Option(help="Looks at the validation loss.")
-    ] = Recipe.evaluations,
-    seed: Annotated[int, typer.Option(help="For the weights and the order.")] = Recipe.seed,
+    model: ModelOption = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the text.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="End the run after this time.")] = None,
+    row_length: Annotated[int | None, typer.Option(help="Tokens per row.")] = None,
+    tokens_per_step: Annotated[int | None, typer.Option(help="Tokens per optimizer step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="At its highest.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="On matrices.")] = None,
+    warmup_steps: Annotated[int | None, typer.Option(help="Steps to the highest rate.")] = None,
+    evaluations: Annotated[int | None, typer.Option(help="Looks at the validation loss.")] = None,
+    seed: Annotated[int | None, typer.Option(help="For the weights and the order.")] = None,
 ) -> None:
-    """Train, write the checkpoint, and evaluate it on all held-out documents."""
-    recipe = Recipe(
-        epochs, minutes, row_length, tokens_per_step, learning_rate, weight_decay,
-        warmup_steps, evaluations, seed,
-    )  # fmt: skip
-    train(recipe, work, model)
+    """Train, write the checkpoint, and evaluate it on all held-out documents.
+
+    What is not given is taken from the shape's own recipe.
+    """
+    given = {
+        "epochs": epochs, "minutes": minutes, "row_length": row_length,
+        "tokens_per_step": tokens_per_step, "learning_rate": learning_rate,
+        "weight_decay": weight_decay, "warmup_steps": warmup_steps,
+        "evaluations": evaluations, "seed": seed,
+    }  # fmt: skip
+    chosen = SHAPES[shape]
+    changes = {name: value for name, value in given.items() if value is not None}
+    recipe = Recipe(**asdict(chosen.recipe) | changes)
+    train(chosen, recipe, work, model or chosen.folder)
 
 
-def train(recipe: Recipe, work: Path, model: Path) -> None:
+def train(shape: Shape, recipe: Recipe, work: Path, model: Path) -> None:
     """A whole run of the recipe, from the encoded splits to the figures beside the checkpoint."""
     splits = {name: Encoded.load(work / f"{name}.npz") for name in SPLITS}
-    trainer = Trainer(recipe, splits[corpus.TRAINING], splits[corpus.VALIDATION], say)
+    watched = splits[corpus.TRAINING], splits[corpus.VALIDATION]
+    trainer = Trainer(shape, recipe, watched, say)
     trainer.run()
-    size = save_checkpoint(trainer.model, model)
+    size = save_checkpoint(trainer.model, shape.config, model)
     say(f"{size:,} bytes in {model / 'model.safetensors'}")
+    copy_text_files(DENSE_FOLDER, model)
     evaluation = final_evaluation(trainer, splits)
     write_evaluation(model, evaluation)
     say(evaluation["overview"])
@@ -139,14 +155,16 @@ def train(recipe: Recipe, work: Path, model: Path) -> None:
 
 @app.command("evaluate")
 def evaluate_command(
-    model: ModelOption = MODEL_FOLDER,
+    shape: ShapeOption = ShapeName.DENSE,
+    model: ModelOption = None,
     write: Annotated[bool, typer.Option("--write", help="Note it in evaluation.json.")] = False,
 ) -> None:
     """Score the shipped held-out sample in float32; runs on a CPU in a few minutes."""
-    sample = sample_record(model)
+    folder = model or SHAPES[shape].folder
+    sample = sample_record(folder)
     say(sample_table(sample))
     if write:
-        write_evaluation(model, {**read_evaluation(model), "sample": sample})
+        write_evaluation(folder, {**read_evaluation(folder), "sample": sample})
 
 
 def sample_table(sample: dict[str, Any]) -> Table:
@@ -160,9 +178,23 @@ def sample_table(sample: dict[str, Any]) -> Table:
 
 
 @app.command("card")
-def card_command(model: ModelOption = MODEL_FOLDER) -> None:
+def card_command(shape: ShapeOption = ShapeName.DENSE, model: ModelOption = None) -> None:
     """Bring the figures and samples in the model card up to date."""
-    update_card(model)
+    update_card(model or SHAPES[shape].folder)
+
+
+@app.command("mixture")
+def mixture_command(
+    models: Annotated[
+        list[Path] | None, typer.Argument(help="Folders of checkpoints; the three by default.")
+    ] = None,
+    work: WorkOption = WORK_FOLDER,
+) -> None:
+    """Held-out perplexity of the mean of the models' probabilities, for every group of them."""
+    folders = models or [shape.folder for shape in SHAPES.values()]
+    held_out = Encoded.load(work / f"{corpus.HELD_OUT}.npz")
+    for names, perplexity in mixture_perplexities(folders, held_out).items():
+        say(f"{perplexity:8.4f}  {names}")
 
 
 def main() -> None:

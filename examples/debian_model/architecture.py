@@ -1,7 +1,7 @@
 """The architecture: a Gemma 4 decoder that is real in every part, and small enough for git.
 
-Sliding and full layers, keys used as values in the full ones, softcap and a tied head. Given up:
-experts, per-layer embeddings, shared keys and values, images, and positions over 2,048.
+Sliding and full layers, keys used as values in the full ones, softcap and a tied head. `shapes.py`
+has what other shapes change. Given up: images, and positions over 2,048.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SPECIAL_TOKENS = (
 )  # fmt: skip
 PAD, EOS, BOS, END_OF_TURN = 0, 1, 2, SPECIAL_TOKENS.index("<turn|>")
 
-CONFIG: dict[str, Any] = {
+CONFIG: dict[str, Any] = {  # of the dense shape
     "architectures": ["Gemma4ForCausalLM"],
     "attention_bias": False,
     "attention_dropout": 0.0,

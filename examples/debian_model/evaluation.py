@@ -28,6 +28,7 @@ from .scoring import perplexities, score
 from .training import Trainer
 
 FILE_NAME = "evaluation.json"
+SPOT_CHECK_STEP = 76  # leaves 21 of the sample's documents, for tests
 
 
 def final_evaluation(trainer: Trainer, splits: dict[str, Encoded]) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def final_evaluation(trainer: Trainer, splits: dict[str, Encoded]) -> dict[str, 
     budget = 65_536 if trainer.device.type == "cuda" else 4_096
     model = trainer.model.eval()
     master = score(model, splits[HELD_OUT], budget)
-    model.to(torch.bfloat16).to(torch.float32)  # in place: what the file can hold
+    round_weights(model)
     held_out = score(model, splits[HELD_OUT], budget)
     watched = {
         "training (4,000 of the documents)": splits[TRAINING].spread(4_000),
@@ -50,6 +51,13 @@ def final_evaluation(trainer: Trainer, splits: dict[str, Encoded]) -> dict[str, 
         "heldout": perplexities(held_out),
         "training": training_record(trainer, len(splits[TRAINING].tokens)),
     }
+
+
+def round_weights(model: torch.nn.Module) -> None:
+    """Leave the model with what its file can hold."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(weight.to(torch.bfloat16))
 
 
 def training_record(trainer: Trainer, corpus_tokens: int) -> dict[str, Any]:
@@ -102,8 +110,12 @@ def write_evaluation(model: Path, evaluation: dict[str, Any]) -> None:
 
 def sample_record(model: Path) -> dict[str, Any]:
     """Figures of the shipped held-out sample, in float32 on the CPU."""
-    encoded = encode_documents(read_sample(model), model)
+    documents = read_sample(model)
+    loaded = load_model(model)
     started = time.perf_counter()
-    figures = perplexities(score(load_model(model), encoded, 4_096))
+    figures = perplexities(score(loaded, encode_documents(documents, model), 4_096))
     seconds = round(time.perf_counter() - started, 1)
-    return {**circumstances(torch.device("cpu")), "seconds": seconds, "figures": figures}
+    few = score(loaded, encode_documents(documents[::SPOT_CHECK_STEP], model), 4_096)["overall"]
+    spot_check = {"every": SPOT_CHECK_STEP, **few.figures()}
+    where = circumstances(torch.device("cpu"))
+    return {**where, "seconds": seconds, "figures": figures, "spot_check": spot_check}

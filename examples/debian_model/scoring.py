@@ -56,27 +56,34 @@ def batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
-@torch.inference_mode()
 def score(model: torch.nn.Module, encoded: Encoded, budget: int) -> dict[str, Score]:
     """Scores of the plain documents by language, and of all under "overall", in the model's dtype.
 
     Counted: every token of the description and the end token, given `<bos>` and the prompt.
     """
+    scores: dict[str, Score] = {"overall": Score()}
+    for document, losses in document_losses(model, encoded, budget):
+        size = int(encoded.sizes[document])
+        for name in ("overall", LANGUAGES[encoded.languages[document]]):
+            scores.setdefault(name, Score()).add(len(losses), size, float(losses.sum()))
+    return scores
+
+
+@torch.inference_mode()
+def document_losses(
+    model: torch.nn.Module, encoded: Encoded, budget: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Each plain document's index with the losses of its counted tokens, in no particular order."""
     device = next(model.parameters()).device
     chosen = numpy.flatnonzero(encoded.plain)
     starts, ends = encoded.starts[chosen], encoded.ends[chosen]
-    scores: dict[str, Score] = {"overall": Score()}
     for batch in batches((ends - starts).tolist(), budget):
         pieces = [torch.from_numpy(encoded.tokens[starts[i] : ends[i]].astype(int)) for i in batch]
         ids = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True, padding_value=PAD)
         losses = token_losses(model, ids.to(device)).cpu()
         for row, document in enumerate(chosen[batch]):
             first = int(encoded.prompts[document]) - 1
-            counted = losses[row, first : len(pieces[row]) - 1].double()
-            size = int(encoded.sizes[document])
-            for name in ("overall", LANGUAGES[encoded.languages[document]]):
-                scores.setdefault(name, Score()).add(len(counted), size, float(counted.sum()))
-    return scores
+            yield int(document), losses[row, first : len(pieces[row]) - 1].double()
 
 
 def token_losses(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:

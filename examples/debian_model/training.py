@@ -9,15 +9,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 
-from .architecture import CONFIG
 from .checkpoint import new_model
 from .encoding import Encoded
 from .rows import Rows
+from .shapes import Recipe, Shape
 
 Report = Callable[[object], None]
 """Shows the person what happens, a line at a time."""
@@ -25,29 +24,10 @@ Loss = Callable[[torch.Tensor], torch.Tensor]
 """From a batch of rows to their mean loss."""
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What decides the outcome of a training run, apart from the data.
-
-    The defaults are the shipped model's.
-    """
-
-    epochs: float = 18
-    minutes: float = 60
-    row_length: int = 1024
-    tokens_per_step: int = 131_072
-    learning_rate: float = 6e-3
-    weight_decay: float = 2.6
-    warmup_steps: int = 200
-    evaluations: int = 20
-    seed: int = 0
-
-
-def sliding_mask(length: int, device: torch.device) -> torch.Tensor:
+def sliding_mask(length: int, window: int, device: torch.device) -> torch.Tensor:
     """True where a token may look: itself and the tokens before it in the window."""
     position = torch.arange(length, device=device)
     distance = position[:, None] - position[None, :]
-    window: int = CONFIG["sliding_window"]
     return ((distance >= 0) & (distance < window))[None, None]
 
 
@@ -55,19 +35,22 @@ class Trainer:
     """One training run: keeps the weights that were best on the validation documents."""
 
     def __init__(
-        self, recipe: Recipe, training: Encoded, validation: Encoded, report: Report
+        self, shape: Shape, recipe: Recipe, splits: tuple[Encoded, Encoded], report: Report
     ) -> None:
+        training, validation = splits
         self.recipe = recipe
         self.report = report
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = new_model(recipe.seed).to(self.device)
+        self.model = new_model(shape.config, recipe.seed).to(self.device)
         self.rows = Rows(training, recipe.row_length, recipe.seed, self.device)
         self.validation = Rows(validation, recipe.row_length, 0, self.device)
         self.rows_per_step = recipe.tokens_per_step // recipe.row_length
         self.steps = math.ceil(recipe.epochs * len(training.tokens) / recipe.tokens_per_step)
         self.masks = {
             "full_attention": None,
-            "sliding_attention": sliding_mask(recipe.row_length, self.device),
+            "sliding_attention": sliding_mask(
+                recipe.row_length, shape.config["sliding_window"], self.device
+            ),
         }
         self.optimizer = self.new_optimizer()
         self.history: list[dict[str, float]] = []
