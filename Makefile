@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROTOS := $(wildcard protos/*.proto)
 
-.PHONY: demo test check protos bench clean
+.PHONY: demo test check protos bench soak clean
 
 demo: $(VENV)/runtime ## three CPU workers answer in four languages over gRPC
 	$(BIN)/conclave demo
@@ -25,6 +25,10 @@ protos: $(VENV)/development ## regenerate the protobuf modules
 
 bench: $(VENV)/development ## serving figures on this machine, into benchmarks/results
 	$(BIN)/python -m benchmarks.serving
+	$(BIN)/python -m benchmarks.report
+
+soak: $(VENV)/development ## every kind of fault twenty times (an hour), into benchmarks/results
+	$(BIN)/python -m benchmarks.soak
 	$(BIN)/python -m benchmarks.report
 
 clean: ## forget the virtual environment

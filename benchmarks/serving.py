@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import contextlib
 import os
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from rich.console import Console
 from rich.progress import track
 
 from conclave.orchestrator.client import Client
+from conclave.orchestrator.security.channels import WithMetadata, fleet_metadata
 from conclave.protos import gateway_pb2, generation_pb2
 from conclave.protos.gateway_pb2_grpc import GatewayServiceStub
 from conclave.protos.worker_pb2_grpc import WorkerServiceStub
@@ -32,6 +34,8 @@ from conclave.protos.worker_pb2_grpc import WorkerServiceStub
 from .records import write_headline, write_result
 
 MODEL = Path(__file__).parent.parent / "examples" / "models" / "debian-8m"
+FLEET_SECRET = secrets.token_urlsafe(32)
+"""Lets this script ask the worker past the gateway."""
 PROMPT = "Package: libreoffice-writer\nLanguage: en\n\n"
 STREAM_TOKENS = 200
 
@@ -78,8 +82,9 @@ def running_fleet(threads: int) -> Iterator[tuple[str, str]]:
         path = Path(folder) / "fleet.yaml"
         path.write_text(yaml.safe_dump(fleet))
         command = [sys.executable, "-m", "conclave.orchestrator.cli", "serve", "--fleet", str(path)]
+        environment = {"COLUMNS": "400", "CONCLAVE_FLEET_SECRET": FLEET_SECRET}
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "400"}
+            command, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}
         )
         try:
             yield _addresses(process)
@@ -112,7 +117,8 @@ async def measure(gateway: str, worker: str, options: argparse.Namespace) -> dic
         grpc.aio.insecure_channel(gateway) as to_gateway,
         grpc.aio.insecure_channel(worker) as to_worker,
     ):
-        front, back = GatewayServiceStub(to_gateway), WorkerServiceStub(to_worker)
+        line: Any = WithMetadata(to_worker, fleet_metadata(FLEET_SECRET))
+        front, back = GatewayServiceStub(to_gateway), WorkerServiceStub(line)
         await check(front, back)
         figures: dict[str, Any] = {"threads": options.threads}
         for count in (1, 8):

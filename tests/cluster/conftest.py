@@ -5,13 +5,14 @@ so that these tests disturb no other Ray on the machine.
 """
 
 import os
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ class Ground:
 
     model = MODEL
     root = ROOT
+    secret = secrets.token_urlsafe(32)
+    """Of the fleet that `client` speaks to, for tests that speak to its workers."""
 
     def __init__(self) -> None:
         # Short, because Ray puts Unix sockets deep into it.
@@ -52,8 +55,15 @@ class Ground:
         }
         self.processes: list[subprocess.Popen[bytes]] = []
 
-    def fleet_file(self, name: str, **engine: Any) -> Path:
-        """A fleet of two small workers."""
+    def fleet_file(
+        self,
+        name: str,
+        *,
+        group: Mapping[str, Any] = {},
+        gateway: Mapping[str, Any] = {},
+        **engine: Any,
+    ) -> Path:
+        """A fleet of two small workers, or what else the group's keys make of it."""
         knobs = {
             "model": str(MODEL),
             "device": "cpu",
@@ -61,16 +71,24 @@ class Ground:
             "max_sequences": 8,
             "kv_tokens": 16384,
         }
-        group = {
+        workers: dict[str, Any] = {
             "name": "w",
-            "replicas": 2,
             "engine": knobs | engine,
             "resources": {"num_cpus": 0.5, "num_gpus": 0},
         }
+        workers |= {**group} if group else {"replicas": 2}
+        # A worker that shares two cores with all others may be silent for a while.
+        door = {"port": 0, "grace_seconds": 5, "hang_seconds": 20, **gateway}
         path = self.folder / f"{name}.yaml"
-        gateway = {"port": 0, "grace_seconds": 5}
-        path.write_text(yaml.safe_dump({"name": name, "gateway": gateway, "workers": [group]}))
+        path.write_text(yaml.safe_dump({"name": name, "gateway": door, "workers": [workers]}))
         return path
+
+    def serve(
+        self, log: str, fleet: Path, *options: str, **environment: str
+    ) -> subprocess.Popen[bytes]:
+        """Starts `conclave serve`."""
+        words = ("-m", "conclave.orchestrator.cli", "serve", "--fleet", str(fleet), *options)
+        return self.start(log, sys.executable, *words, **environment)
 
     def start(self, log: str, *command: str, **environment: str) -> subprocess.Popen[bytes]:
         """Starts a process in a group of its own, writing to a log file here."""
@@ -144,16 +162,19 @@ def ground() -> Iterator[Ground]:
 
 
 @pytest.fixture(scope="session")
-def client(ground: Ground) -> Iterator[Client]:
-    """A client of a fleet of two workers, started by `conclave serve`."""
+def served(ground: Ground) -> Iterator[subprocess.Popen[bytes]]:
+    """`conclave serve` with a fleet of two workers."""
     fleet = ground.fleet_file("served")
-    process = ground.start(
-        "serve.log",
-        *(sys.executable, "-m", "conclave.orchestrator.cli", "serve", "--fleet", str(fleet)),
-    )
+    process = ground.serve("serve.log", fleet, CONCLAVE_FLEET_SECRET=ground.secret)
+    yield process
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0, ground.log("serve.log")
+
+
+@pytest.fixture(scope="session")
+def client(ground: Ground, served: subprocess.Popen[bytes]) -> Iterator[Client]:
+    """A client of that fleet."""
     address = ground.logged("serve.log", "gateway ")
     with Client(address) as client:
         ground.serving(client, 2, "serve.log")
         yield client
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0, ground.log("serve.log")

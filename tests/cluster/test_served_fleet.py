@@ -18,7 +18,10 @@ from conclave.orchestrator.client import (
     WorkerState,
     WorkerStatus,
 )
+from conclave.orchestrator.security.channels import WithMetadata, fleet_metadata
 from conclave.protos import worker_pb2, worker_pb2_grpc
+
+from .traffic import counters
 
 PROMPT = "Package: vim\nLanguage: en\n\n"
 STREAMS = 32
@@ -65,7 +68,7 @@ class Load:
 
 def test_kill_under_load(client: Client, ground: Any) -> None:
     victim = status(client, "w-0")
-    before = client.fleet()
+    before = counters(client.address)
 
     async def scenario() -> list[Load]:
         async with AsyncClient(client.address, timeout=120.0) as caller:
@@ -82,11 +85,10 @@ def test_kill_under_load(client: Client, ground: Any) -> None:
             return loads
 
     loads = asyncio.run(scenario())
-    broken = [load for load in loads if load.error is not None]
-    assert 1 <= len(broken) <= 8
-    assert all(load.deltas > 0 for load in broken), "an unanswered ask was not retried"
-    assert client.fleet().retries > before.retries
-    assert sum(bool(load.worker) for load in loads) == STREAMS - len(broken)
+    # What had begun went on with the other worker, what had not was asked there anew.
+    assert not [load.error for load in loads if load.error is not None]
+    assert counters(client.address).resumes > before.resumes
+    assert all(load.worker for load in loads)
     # No later ask sees the dead process, and the worker comes back without a hand.
     while status(client, "w-0").restarts == victim.restarts:
         assert client.generate(PROMPT, max_tokens=1).worker
@@ -114,7 +116,11 @@ def test_a_drained_worker_gets_no_asks(client: Client, ground: Any) -> None:
     ground.serving(client, 2, "serve.log")
     drained = status(client, "w-1")
     with grpc.insecure_channel(drained.address) as channel:
-        stub: Any = worker_pb2_grpc.WorkerServiceStub(channel)
+        stranger = worker_pb2_grpc.WorkerServiceStub(channel)
+        with pytest.raises(grpc.RpcError, match="its own fleet"):
+            stranger.Drain(worker_pb2.DrainRequest(), timeout=10.0)
+        line: Any = WithMetadata(channel, fleet_metadata(ground.secret))
+        stub = worker_pb2_grpc.WorkerServiceStub(line)
         stub.Drain(worker_pb2.DrainRequest(grace_seconds=1.0), timeout=10.0)
     ground.until(lambda: status(client, "w-1").state is WorkerState.DRAINING, seconds=5.0)
     for _ in range(3):

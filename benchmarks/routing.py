@@ -1,0 +1,151 @@
+"""Does work go where it is done soonest, and what happens when there is too much of it?
+
+Stub workers with capacities of 1:2:4 under a closed load: goodput over the sum of what they can do.
+Then open load at twice what the fleet can do, with deadlines: tokens of answers that came in time
+over capacity, and what the rejected ones were told. Goodput counts whole answers only.
+"""
+
+import argparse
+import asyncio
+import time
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from statistics import quantiles
+from typing import Any
+
+from conclave.orchestrator.client import ConclaveError, DeadlineExceeded, Overloaded
+
+from .records import write_headline, write_result
+from .rig import Rig
+
+CAPACITIES = (250.0, 500.0, 1000.0)
+CALLERS = 48
+TOKENS = 32
+OVERLOAD = 2.0
+DEADLINE = 4.0
+CAPACITY = 1000.0
+"""Of each of the two workers under overload."""
+
+
+def main() -> None:
+    """Run all measurements and write them down."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=15.0, help="of each measurement")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--dry", action="store_true", help="print only; write no result")
+    options = parser.parse_args()
+    figures = asyncio.run(measure(options.seconds, options.runs))
+    for name, rows in figures.items():
+        for row in rows:
+            print(name, {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
+    if not options.dry:
+        save(figures)
+
+
+async def measure(seconds: float, runs: int) -> dict[str, list[dict[str, Any]]]:
+    """All figures, one after the other."""
+    return {
+        "unequal": [await unequal(seconds) for _ in range(runs)],
+        "overload": [await overload(seconds) for _ in range(runs)],
+    }
+
+
+@dataclass
+class Count:
+    """What came of the asks."""
+
+    good: int = 0
+    """Tokens of whole answers."""
+    answered: int = 0
+    rejected: int = 0
+    late: int = 0
+    failed: int = 0
+    seconds: list[float] = field(default_factory=list)
+    retry_after: list[float] = field(default_factory=list)
+
+    async def ask(self, rig: Rig, number: int, **options: Any) -> None:
+        """One ask; what became of it is counted."""
+        began = time.perf_counter()
+        try:
+            answer = await rig.client.generate(
+                f"prompt {number}", max_tokens=TOKENS, ignore_eos=True, **options
+            )
+        except Overloaded as error:
+            self.rejected += 1
+            self.retry_after.append(error.retry_after)
+        except DeadlineExceeded:
+            self.late += 1
+        except ConclaveError:
+            self.failed += 1
+        else:
+            self.answered += 1
+            self.good += answer.usage.completion_tokens
+            self.seconds.append(time.perf_counter() - began)
+
+
+async def unequal(seconds: float) -> dict[str, Any]:
+    """A closed load on workers of 1:2:4; counted after a fifth of the time."""
+    async with AsyncExitStack() as stack:
+        workers = [{"rate": rate, "stream_rate": 200.0} for rate in CAPACITIES]
+        rig = await Rig.start(stack, workers)
+        count, warm = Count(), Count()
+        began = time.perf_counter()
+        start, end = began + seconds / 5, began + seconds
+
+        async def caller(number: int) -> None:
+            while (now := time.perf_counter()) < end:
+                await (count if now >= start else warm).ask(rig, number)
+
+        async with asyncio.TaskGroup() as group:
+            for number in range(CALLERS):
+                group.create_task(caller(number))
+        took = time.perf_counter() - start
+        served = [worker.served_requests for worker in await rig.client.workers()]
+    assert not count.failed and not count.rejected
+    rate = count.good / took
+    return {
+        "capacity": sum(CAPACITIES),
+        "goodput": rate,
+        "fraction": rate / sum(CAPACITIES),
+        "served": " : ".join(map(str, served)),
+    }
+
+
+async def overload(seconds: float) -> dict[str, Any]:
+    """Twice as many asks as can be answered, evenly in time, each with a deadline."""
+    async with AsyncExitStack() as stack:
+        workers = [{"rate": CAPACITY, "stream_rate": 100.0, "slots": 16}] * 2
+        rig = await Rig.start(stack, workers)
+        count, capacity = Count(), CAPACITY * len(workers)
+        pause = TOKENS / (OVERLOAD * capacity)
+        began = time.perf_counter()
+        async with asyncio.TaskGroup() as group:
+            for number in range(int(seconds / pause)):
+                await asyncio.sleep(max(0.0, began + number * pause - time.perf_counter()))
+                group.create_task(count.ask(rig, number, timeout=DEADLINE))
+        took = time.perf_counter() - began
+    rate = count.good / took
+    return {
+        "capacity": capacity,
+        "goodput": rate,
+        "fraction": rate / capacity,
+        "answered": count.answered,
+        "rejected": count.rejected,
+        "late": count.late,
+        "failed": count.failed,
+        "p99_s": quantiles(count.seconds, n=100)[-1],
+        "retry_after_s": sum(count.retry_after) / max(1, len(count.retry_after)),
+    }
+
+
+def save(figures: dict[str, list[dict[str, Any]]]) -> None:
+    """Write the result and the headline figures that this script owns."""
+    print(f"written: {write_result('routing', figures)}")
+    for headline, name in (("hetero_goodput", "unequal"), ("overload_goodput", "overload")):
+        fractions = sorted(row["fraction"] for row in figures[name])
+        value = fractions[len(fractions) // 2]
+        write_headline(headline, value, "fraction", (fractions[0], fractions[-1]))
+
+
+if __name__ == "__main__":
+    main()
