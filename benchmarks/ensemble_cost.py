@@ -85,7 +85,10 @@ async def hedge_gain(asks: int) -> dict[str, Any]:
     """Seconds to the first token, asked in turn with and without a hedge."""
     times: dict[str, list[float]] = {"single": [], "hedged": []}
     settings = {"first_token": FIRST_TOKEN, "stream_rate": 1000.0, "rate": 1e6}
-    specs = {"single": {"single": {}}, "hedged": {"hedge": {"quantile": 0.9}}}
+    specs: dict[str, dict[str, object]] = {
+        "single": {"single": {}},
+        "hedged": {"hedge": {"quantile": 0.9}},
+    }
     async with AsyncExitStack() as stack:
         rig = await Rig.start(stack, [settings] * 3)
         await rig.workers[0].tell(slowdown=SLOW)

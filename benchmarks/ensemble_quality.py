@@ -179,7 +179,7 @@ def measure_cascade(
 def confidence(engine: Engine, prompt: str) -> float:
     """Mean log-probability a token of the greedy answer: what `cascade` goes by."""
     answer = engine.generate(prompt, temperature=0.0, max_tokens=ANSWER_TOKENS, logprobs=0)
-    known = [token.logprob for token in answer.tokens if token.logprob is not None]
+    known = [token.logprob for token in answer.outputs[0].tokens if token.logprob is not None]
     return sum(known) / max(1, len(known))
 
 

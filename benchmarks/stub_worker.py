@@ -52,7 +52,6 @@ from .stub_machine import (
 SERVICE = worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name
 DETAILS_KEY = "grpc-status-details-bin"
 MESSAGE_MIB = 64
-TIMER_SECONDS = 0.0015
 LATE_SECONDS = 0.1
 """A stub this late gives up catching up with its own schedule."""
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
@@ -212,7 +211,7 @@ class StubWorker(worker_pb2_grpc.WorkerServiceServicer):
     async def Step(self, requests: Any, context: Any) -> AsyncIterator[worker_pb2.StepResponse]:
         stepper: _Stepper | None = None
         async for request in requests:
-            await _pause_until(time.monotonic() + self.machine.step_seconds)
+            await _pause(self.machine.step_seconds)
             if stepper is None:
                 stepper = _Stepper(request.open, self.settings)
                 yield stepper.opened()
@@ -411,11 +410,9 @@ class _Stepper:
         return response
 
 
-async def _pause_until(due: float) -> None:
-    """As exactly as a real step ends: the loop's own timers are a millisecond coarse."""
-    await asyncio.sleep(max(0.0, due - time.monotonic() - TIMER_SECONDS))
-    while time.monotonic() < due:
-        await asyncio.sleep(0)
+async def _pause(seconds: float) -> None:
+    """As exactly as a real step ends; the loop's own timers are a millisecond coarse."""
+    await asyncio.get_running_loop().run_in_executor(None, time.sleep, seconds)
 
 
 def scores(request: pb.ScoreRequest, settings: Settings) -> pb.ScoreResponse:

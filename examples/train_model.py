@@ -10,7 +10,8 @@ The whole route, one command after the other (run from the repository's root):
     python -m examples.train_model card        # the figures in the model card
 
 That is the dense model. `train`, `evaluate` and `card` take `--shape ple` and `--shape moe` for the
-other two, which share its text, tokens and tokenizer; `mixture` measures the three together.
+other two, which share its text, tokens and tokenizer; `mixture` measures the three together, and
+`train --shape large` makes what they have to beat: one model as large as they are together.
 
 This is the command line; the steps are in `examples/debian_model/`. Given up: quality beyond
 package descriptions, documents over 2,048 tokens, and resuming a training run.
@@ -54,7 +55,7 @@ app = typer.Typer(
 console = Console()
 say = partial(console.print, markup=False)
 
-ShapeOption = Annotated[ShapeName, typer.Option("--shape", help="Which of the three models.")]
+ShapeOption = Annotated[ShapeName, typer.Option("--shape", help="Which of the models.")]
 ModelOption = Annotated[
     Path | None, typer.Option("--model", help="Folder of the checkpoint.", show_default="its own")
 ]
@@ -191,7 +192,7 @@ def mixture_command(
     work: WorkOption = WORK_FOLDER,
 ) -> None:
     """Held-out perplexity of the mean of the models' probabilities, for every group of them."""
-    folders = models or [shape.folder for shape in SHAPES.values()]
+    folders = models or [shape.folder for shape in SHAPES.values() if shape.shipped]
     held_out = Encoded.load(work / f"{corpus.HELD_OUT}.npz")
     for names, perplexity in mixture_perplexities(folders, held_out).items():
         say(f"{perplexity:8.4f}  {names}")

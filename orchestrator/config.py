@@ -67,7 +67,9 @@ class GatewayConfig(_Section):
     """Retries and resumes that may come at once, when a worker dies."""
     hedge_share: float = Field(default=0.1, ge=0, le=1)
     """Hedges for each ask, on average."""
-    hang_seconds: float = Field(default=3.0, gt=0)
+    prefix_affinity: bool = True
+    """Prefers the worker that has computed a prompt's beginning, while the load gap is small."""
+    hang_seconds: float = Field(default=5.0, gt=0)
     """A worker without a heartbeat for that long is taken to hang; its streams move."""
     stuck_seconds: float = Field(default=30.0, gt=0)
     """The same for an engine whose step does not end."""

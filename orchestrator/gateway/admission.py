@@ -40,6 +40,8 @@ class Ask:
     session: str = ""
     prompt: bytes = b""
     """What prefix affinity goes by; empty if it is too short to matter."""
+    begun: float = 0.0
+    """When it went to its present worker, on the loop's clock."""
     attempts: int = 0
     """Since its caller last heard something."""
     failure: Failure | None = None
@@ -148,6 +150,7 @@ class Admission:
         worker.open_sequences += ask.sequences
         worker.open_tokens += ask.wish.tokens
         worker.breaker.begin()
+        ask.begun = asyncio.get_running_loop().time()
         ask.attempts += 1
         ask.wish.tried.add(turn(worker))
         return worker

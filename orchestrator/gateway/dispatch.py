@@ -30,6 +30,7 @@ from ..routing.registry import Registry, Worker
 from ..routing.sessions import Sessions
 from ..status import Failure
 from .admission import Admission, Ask
+from .pacer import Pacer
 from .relay import Relay, Write, may_move
 
 
@@ -57,6 +58,7 @@ class Dispatcher:
         self._retries = Budget(config.retry_share, config.retry_reserve)
         self._sessions = Sessions()
         self._prefixes = PrefixIndex()
+        self._pacer = Pacer()
 
     async def complete(self, ask: Ask, request: GenerateRequest) -> CompleteResponse:
         """A whole answer. Raises Failure or a typed error."""
@@ -72,7 +74,7 @@ class Dispatcher:
     async def stream(self, ask: Ask, request: GenerateRequest, write: Write) -> None:
         """A stream of events. Raises Failure or a typed error if nothing has been written."""
         self._count()
-        relay = Relay(request, write)
+        relay = Relay(request, write, self._pacer)
         while True:
             try:
                 worker = await self._place(ask)
@@ -106,7 +108,7 @@ class Dispatcher:
         if failure is None:
             self._answered(worker)
         elif connection is not None:
-            self._examine(worker, connection, failure)
+            self._examine(ask, worker, connection, failure)
         self.admission.release(ask, worker)
 
     def fleet_changed(self) -> None:
@@ -121,7 +123,7 @@ class Dispatcher:
         try:
             failure = await relay.run(pending)
             if failure is not None:
-                return self._examine(worker, connection, failure)
+                return self._examine(ask, worker, connection, failure)
             self._answered(worker)
             answered = relay.answered
             return None
@@ -142,7 +144,7 @@ class Dispatcher:
                 answered = reply.completion.usage.completion_tokens
                 return reply
             except Failure as error:
-                failure = self._examine(worker, connection, error)
+                failure = self._examine(ask, worker, connection, error)
             finally:
                 self._leave(ask, worker, pending, answered)
             self._repeat(ask, failure)
@@ -150,6 +152,8 @@ class Dispatcher:
                 message.complete.request_id += "~"
 
     async def _place(self, ask: Ask) -> Worker:
+        if not self._config.prefix_affinity:
+            ask.prompt = b""
         if ask.session or ask.prompt:
             warm = (self._sessions.find(ask.session), self._prefixes.find(ask.prompt))
             ask.wish.warm = tuple(name for name in warm if name)
@@ -200,10 +204,12 @@ class Dispatcher:
         ask.failure = failure
         return ask.attempts < self._config.attempts and self._retries.spend()
 
-    def _examine(self, worker: Worker, connection: Connection, failure: Failure) -> Failure:
+    def _examine(
+        self, ask: Ask, worker: Worker, connection: Connection, failure: Failure
+    ) -> Failure:
         """What a failure says of its worker: a broken line takes it out of the choice at once."""
         if failure.code in _WORKERS_FAULT:
-            worker.breaker.failure(asyncio.get_running_loop().time())
+            worker.breaker.failure(asyncio.get_running_loop().time(), ask.begun)
         elif not failure.is_overload:
             worker.breaker.success()
         if failure.code is not grpc.StatusCode.UNAVAILABLE or failure.details is not None:

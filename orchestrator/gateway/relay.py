@@ -6,6 +6,7 @@ Draws are functions of the seed and the token's index, so even a sampled answer 
 have. What it costs: the token ids of open streams stay in memory.
 """
 
+import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable
@@ -13,12 +14,15 @@ from collections.abc import Awaitable, Callable
 import grpc
 
 from ...protos.generation_pb2 import GenerateRequest, GenerateResponse, Timings
-from ...protos.worker_pb2 import ConverseRequest
+from ...protos.worker_pb2 import ConverseRequest, Reply
 from ...worker.errors import Unavailable
 from ..lines.conversation import Pending
 from ..status import Failure
+from .pacer import Pacer
 
 Write = Callable[[GenerateResponse], Awaitable[None]]
+SHORTEST_PAUSE = 0.002
+"""Seconds; the loop's timers are no finer."""
 
 
 class Relay:
@@ -27,9 +31,10 @@ class Relay:
     Args:
         request: what was asked; its seed is set here if it has none.
         write: takes the events.
+        pacer: says how often.
     """
 
-    def __init__(self, request: GenerateRequest, write: Write) -> None:
+    def __init__(self, request: GenerateRequest, write: Write, pacer: Pacer) -> None:
         if not request.sampling.HasField("seed"):
             request.sampling.seed = random.getrandbits(63)
         self.request_id = request.request_id
@@ -43,6 +48,8 @@ class Relay:
         """Answer tokens by the worker's own count, once it has ended well."""
         self._request = request
         self._write = write
+        self._pacer = pacer
+        self._sent_at = 0.0
         self._started = time.monotonic()
         self._first_token: float | None = None
         self._made: dict[int, list[int]] = {
@@ -72,12 +79,10 @@ class Relay:
 
     async def run(self, pending: Pending) -> Failure | None:
         """Pass a worker's events on; returns why the end is missing, if it is."""
+        self._pacer.streams += 1
         try:
             while True:
-                reply = await pending.next()
-                if reply.last:
-                    return Failure.of_error(Unavailable("the worker sent no end"))
-                event = reply.event
+                event = await self._next(pending)
                 match event.WhichOneof("event"):
                     case "delta":
                         self._note(event)
@@ -90,6 +95,24 @@ class Relay:
                     return None
         except Failure as failure:
             return failure
+        finally:
+            self._pacer.streams -= 1
+
+    async def _next(self, pending: Pending) -> GenerateResponse:
+        """The next event; with many streams open, those behind it ride along. Raises Failure."""
+        if self._pacer.pause < SHORTEST_PAUSE:
+            return _event_of(await pending.next())
+        early = self._sent_at + self._pacer.pause - time.monotonic()
+        if early > SHORTEST_PAUSE:
+            await asyncio.sleep(early)
+        event = _event_of(await pending.next())
+        while event.HasField("delta") and (reply := pending.peek()) is not None:
+            more = reply.event
+            if not more.HasField("delta") or more.delta.output_index != event.delta.output_index:
+                break
+            await pending.next()
+            event.delta.MergeFrom(more.delta)
+        return event
 
     async def fail(self, failure: Failure) -> None:
         """End a stream that has begun with its one `failed` event."""
@@ -117,6 +140,13 @@ class Relay:
             event.request_id = self.request_id
         self.begun = self.progressed = True
         await self._write(event)
+        self._sent_at = time.monotonic()
+
+
+def _event_of(reply: Reply) -> GenerateResponse:
+    if reply.last:
+        raise Failure.of_error(Unavailable("the worker sent no end"))
+    return reply.event
 
 
 def may_move(failure: Failure) -> bool:

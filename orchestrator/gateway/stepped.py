@@ -8,7 +8,7 @@ import asyncio
 from dataclasses import dataclass
 
 from ...protos import ensemble_pb2
-from ...protos.generation_pb2 import Delta, GenerateRequest, GenerateResponse
+from ...protos.generation_pb2 import Delta, GenerateRequest, GenerateResponse, Token
 from ...protos.worker_pb2 import StepOpen, StepRequest, StepResponse, StepTake
 from ...worker.errors import ConclaveError, Unavailable
 from ..ensemble.calls import Command, Lost, Open, Shut, Stepped, Take, Tell, Verdict
@@ -35,6 +35,8 @@ class SteppedRun(EnsembleRun):
 
     _leases: dict[int, _Lease]
     _opening: dict[int, asyncio.Task[None]]
+    _untold: list[Token]
+    _telling: asyncio.Task[None] | None
 
     async def do(self, command: Command) -> None:
         """Carry a command out."""
@@ -51,13 +53,16 @@ class SteppedRun(EnsembleRun):
                 state = ensemble_pb2.MEMBER_STATE_LEFT_BEHIND
                 self.calls[command.member].end(state, command.reason)
             case Tell():
-                await self.say(GenerateResponse(delta=Delta(tokens=[command.token])))
+                self._untold.append(command.token)
+                if self._telling is None:
+                    self._telling = asyncio.create_task(self._tell(), name="telling")
             case _:
                 await super().do(command)
 
     def prepare(self) -> None:
         """Take the whole answer's share of the caps, before anything is asked."""
         self._leases, self._opening = {}, {}
+        self._untold, self._telling = [], None
         if self.allowance.tokens is None and self.allowance.cost is None:
             return
         sampling, width = self.request.sampling, len(self.seats)
@@ -68,6 +73,13 @@ class SteppedRun(EnsembleRun):
         if granted < width:
             raise Unavailable("the ensemble's cap on tokens or cost leaves no room for an answer")
         sampling.max_tokens = granted // width
+
+    async def _tell(self) -> None:
+        """Writes beside the steps: the next token does not wait until the caller has this one."""
+        while self._untold:
+            tokens, self._untold = self._untold, []
+            await self.say(GenerateResponse(delta=Delta(tokens=tokens)))
+        self._telling = None
 
     def _begin(self, command: Open) -> None:
         call = self.calls.get(command.member)
@@ -146,10 +158,14 @@ class SteppedRun(EnsembleRun):
         for call in self.calls.values():
             if call.state == ensemble_pb2.MEMBER_STATE_ASKED:
                 call.end(ensemble_pb2.MEMBER_STATE_ANSWERED)
+        if self._telling is not None:
+            await self._telling
         await super()._finish(verdict)
 
     def _stop(self) -> None:
         super()._stop()
+        if self._telling is not None:
+            self._telling.cancel()
         for task in self._opening.values():
             task.cancel()
         for member in tuple(self._leases):

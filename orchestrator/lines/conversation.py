@@ -41,6 +41,13 @@ class Pending:
             raise Failure.of_status(reply.status)
         return reply
 
+    def peek(self) -> Reply | None:
+        """The next reply if it is there and good; it stays."""
+        first = self._arrived[0] if self._arrived else None
+        if isinstance(first, Reply) and first.WhichOneof("content") == "event":
+            return first
+        return None
+
     def put(self, reply: Reply | Failure) -> None:
         """One more reply, from the conversation."""
         self._arrived.append(reply)

@@ -1,7 +1,9 @@
 """A circuit breaker: after failures in a row a worker gets no asks for a while, then one to prove
 itself. Pure; the caller tells the time.
 
-Only failures of the worker count. What a client did wrong says nothing about it.
+Only failures of the worker count; what a client did wrong says nothing about it. Asks that fail
+together, in one broken step or with one connection, are one failure: a further one counts only if
+its ask was begun after the last.
 """
 
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ class Breaker:
     pause: float = PAUSE_SECONDS
     opened_until: float = 0.0
     probing: bool = False
+    failed_at: float = float("-inf")
+    """When the last failure that counted was seen."""
 
     @property
     def open(self) -> bool:
@@ -43,10 +47,13 @@ class Breaker:
         """An ask ended without a word on the worker's health, such as by a cancel."""
         self.probing = False
 
-    def failure(self, now: float) -> None:
-        """The worker has failed."""
-        self.failures += 1
+    def failure(self, now: float, begun: float) -> None:
+        """The worker has failed at an ask that was begun at that time."""
         self.probing = False
+        if begun <= self.failed_at:
+            return
+        self.failures += 1
+        self.failed_at = now
         if self.open:
             self.opened_until = now + self.pause
             self.pause = min(2 * self.pause, LONGEST_PAUSE_SECONDS)

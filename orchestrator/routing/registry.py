@@ -17,6 +17,8 @@ from .breaker import Breaker
 
 SPEED_SHARE = 0.3
 """Weight of the newest heartbeat in a worker's observed speed."""
+FADING = 0.02
+"""Weight of all workers' mean in that of an idle one, at each heartbeat."""
 
 
 class WorkerState(IntEnum):
@@ -163,12 +165,17 @@ class Registry:
         if beat.stream_speed is not None:
             old = worker.speed or beat.stream_speed
             worker.speed = old + SPEED_SHARE * (beat.stream_speed - old)
+        elif worker.speed:
+            # What was seen of an idle worker fades, or one that was slow would never be tried.
+            speeds = [each.speed for each in self.workers.values() if each.speed]
+            worker.speed += FADING * (sum(speeds) / len(speeds) - worker.speed)
 
     def serving(self, name: str) -> None:
         """The worker's health says SERVING."""
         worker = self.workers[name]
         if worker.state is not WorkerState.SERVING:
             worker.epoch += 1
+            worker.breaker = Breaker()
         self._move(worker, WorkerState.SERVING, "")
 
     def draining(self, name: str) -> None:

@@ -5,7 +5,8 @@ there. With one gateway the outstanding tokens are known exactly and the minimum
 When other gateways send work too, what is known of it is up to a heartbeat old, and everybody would
 run to the same minimum: then the better of two drawn at random is taken (Mitzenmacher 2001).
 A session's worker, or one that has computed the prompt's beginning, is preferred only while it is
-hardly worse than the best: affinity that outweighs load makes tails longer.
+hardly worse than the best: affinity that outweighs load makes tails longer. A worker whose breaker
+lets one ask through to try it gets the next one: if it fails, the ask goes on elsewhere.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -115,7 +116,8 @@ def choose(workers: Iterable[Worker], wish: Wish, now: float) -> Worker | None:
         and turn(worker) not in wish.tried
     ]
     pinned = [worker for worker in able if worker.name == wish.pinned]
-    able = pinned or _canaries(able, wish)
+    probed = [worker for worker in able if worker.breaker.open]
+    able = pinned or probed or _canaries(able, wish)
     if len(able) < 2:
         return able[0] if able else None
     speed = _typical_speed(able)
