@@ -1,4 +1,4 @@
-"""`conclave demo`: a fleet of three CPU workers with the shipped model answers in four languages.
+"""`conclave demo`: three CPU workers with three small models answer alone, then as an ensemble.
 
 Everything is real: a Ray cluster on this machine, one actor a worker, a gateway, and every token
 through gRPC twice. Takes about half a minute.
@@ -6,29 +6,33 @@ through gRPC twice. Takes about half a minute.
 
 import asyncio
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Unpack
 
 import typer
 
 from ...worker.errors import ConfigError, Unavailable
-from ..client import AsyncClient
+from ..client import AsyncClient, Completion, Options
 from ..config import FleetConfig
-from .output import console, errors, worker_table
+from .output import console, errors, member_table, worker_table
 from .run import join, with_gateway
 
 if TYPE_CHECKING:
     from ..fleet.cluster import Cluster
 
 FLEET_FILE = "fleet.yaml"
-LANGUAGES = ("en", "de", "fr", "it")
-PACKAGES = ("vim", "git", "python3-numpy", "gimp")
+ALONE = (("vim", "en"), ("git", "de"), ("python3-numpy", "fr"))
+"""Packages and languages for one worker each."""
+TOGETHER = ("gimp", "it")
+"""For all workers, token by token."""
+ENSEMBLE = "together"
+"""A preset of the fleet file."""
 START_SECONDS = 180.0
 
 
 def demo(
     max_tokens: Annotated[int, typer.Option(min=1, help="of each answer")] = 72,
 ) -> None:
-    """Start the bundled fleet on this machine, answer in four languages, and shut down."""
+    """Start the bundled fleet here, answer in three languages and as an ensemble, shut down."""
     config = with_gateway(FleetConfig.load(shipped_fleet()), host=None, port=0)
     cluster = join(config, None)
     try:
@@ -65,8 +69,9 @@ async def _demonstrate(config: FleetConfig, cluster: "Cluster", max_tokens: int)
         if not serves:
             raise Unavailable("no worker could be started; the reasons stand above")
         async with AsyncClient(fleet.gateway.address) as client:
-            for package, language in zip(PACKAGES, LANGUAGES, strict=True):
-                await _answer(client, package, language, max_tokens)
+            for package, language in ALONE:
+                await _alone(client, package, language, max_tokens)
+            await _together(client, *TOGETHER, max_tokens)
     except TimeoutError:
         raise Unavailable(f"the workers did not start within {START_SECONDS:.0f} s") from None
     finally:
@@ -74,13 +79,39 @@ async def _demonstrate(config: FleetConfig, cluster: "Cluster", max_tokens: int)
             await fleet.stop()
 
 
-async def _answer(client: AsyncClient, package: str, language: str, max_tokens: int) -> None:
-    console.print(f"\n[bold]{package}[/] [dim]{language}[/]")
-    prompt = f"Package: {package}\nLanguage: {language}\n\n"
+async def _alone(client: AsyncClient, package: str, language: str, max_tokens: int) -> None:
     # So small a model repeats itself when it always takes the likeliest token.
-    stream = client.stream(prompt, max_tokens=max_tokens, temperature=0.0, repetition_penalty=1.1)
+    whole = await _answer(
+        client, package, language, max_tokens=max_tokens, temperature=0.0, repetition_penalty=1.1
+    )
+    rate = whole.usage.completion_tokens / max(whole.timings.total, 1e-9)
+    console.print(f"[dim]{whole.worker}: {whole.usage.completion_tokens} tokens, {rate:.0f}/s[/]")
+
+
+async def _together(client: AsyncClient, package: str, language: str, max_tokens: int) -> None:
+    whole = await _answer(
+        client,
+        package,
+        language,
+        max_tokens=max_tokens,
+        temperature=0.0,
+        frequency_penalty=0.2,
+        ensemble=ENSEMBLE,
+    )
+    report = whole.ensemble
+    assert report is not None
+    console.print(f"[dim]{report.strategy} of {report.width}, agreement {report.agreement:.0%}[/]")
+    console.print(member_table(report))
+
+
+async def _answer(
+    client: AsyncClient, package: str, language: str, **options: Unpack[Options]
+) -> Completion:
+    """Stream one answer to the terminal."""
+    how = " together" if "ensemble" in options else ""
+    console.print(f"\n[bold]{package}[/] [dim]{language}{how}[/]")
+    stream = client.stream(f"Package: {package}\nLanguage: {language}\n\n", **options)
     async for delta in stream:
         console.out(delta.text, end="", highlight=False)
-    whole = stream.completion
-    rate = whole.usage.completion_tokens / max(whole.timings.total, 1e-9)
-    console.print(f"\n[dim]{whole.worker}: {whole.usage.completion_tokens} tokens, {rate:.0f}/s[/]")
+    console.print()
+    return stream.completion
