@@ -8,7 +8,7 @@ PROTOS := $(wildcard protos/*.proto)
 
 .PHONY: demo test check protos bench soak clean
 
-demo: $(VENV)/runtime ## three CPU workers answer in four languages over gRPC
+demo: $(VENV)/runtime ## three CPU workers answer alone and as an ensemble, over gRPC
 	$(BIN)/conclave demo
 
 test: $(VENV)/development ## every test that this machine can run

@@ -2,7 +2,6 @@
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
-from enum import Enum, auto
 
 from ...protos.generation_pb2 import GenerateResponse, OutputEnd, Prompt, Token
 from ...protos.worker_pb2 import StepOpened
@@ -74,20 +73,11 @@ class Judge:
     answers: tuple[Answer, ...]
 
 
-class Fate(Enum):
-    """Why a call is dropped."""
-
-    CANCELLED = auto()
-    LEFT_BEHIND = auto()
-
-
 @dataclass(frozen=True, slots=True)
 class Drop:
     """Cancel a call; nothing more comes of it."""
 
     call: int
-    fate: Fate = Fate.CANCELLED
-    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,15 +44,16 @@ def hedge(view: View, after: float | None) -> Strategy:
         reply = yield commands
         commands = []
         match reply:
-            case Heard(call, event):
+            case Heard(call, event) if call in running:
                 if speaker is None:
                     speaker = call
                     commands += [Disarm(), *(Drop(c) for c in running - {call})]
+                    running = {call}  # what the losers have said meanwhile is not heard
                 commands.append(Say(event))
-            case Ended(call, answer):
+            case Ended(call, answer) if call in running:
                 marks = {call: Mark(agreed=True)}
                 return Verdict(None, answer.end, None, marks, call)
-            case Broke(call, error):
+            case Broke(call, error) if call in running:
                 running.discard(call)
                 if speaker is not None or (not running and asked == view.width):
                     raise error

@@ -31,7 +31,6 @@ from ..ensemble.calls import (
     Disarm,
     Drop,
     Ended,
-    Fate,
     Heard,
     Judge,
     Judged,
@@ -53,11 +52,6 @@ from .dispatch import Dispatcher
 from .member_call import MemberCall
 from .opening import size
 from .relay import Write
-
-FATES = {
-    Fate.CANCELLED: ensemble_pb2.MEMBER_STATE_CANCELLED,
-    Fate.LEFT_BEHIND: ensemble_pb2.MEMBER_STATE_LEFT_BEHIND,
-}
 
 
 class EnsembleRun:
@@ -149,7 +143,7 @@ class EnsembleRun:
                 call = self._member_call(command)
                 self._start(command.call, call, lambda: self._judge(command, call))
             case Drop():
-                self._drop(command.call, FATES[command.fate], command.reason)
+                self._drop(command.call, "another one was chosen")
             case Alarm():
                 self._arm(command)
             case Disarm():
@@ -223,11 +217,11 @@ class EnsembleRun:
         call.reserved = 0
         self._reports.append(call)
 
-    def _drop(self, number: int, state: "ensemble_pb2.MemberState", reason: str) -> None:
+    def _drop(self, number: int, reason: str) -> None:
         task = self._tasks.pop(number, None)
         if task is not None and not task.done():
             task.cancel()
-            self._end(self.calls[number], state, reason)
+            self._end(self.calls[number], ensemble_pb2.MEMBER_STATE_CANCELLED, reason)
 
     async def _answer(self, command: Ask) -> Reply:
         """A member's whole answer; each event of a live one goes to the strategy as well."""
@@ -309,9 +303,7 @@ class EnsembleRun:
 
     async def _finish(self, verdict: Verdict) -> None:
         for number in tuple(self._tasks):
-            self._drop(
-                number, ensemble_pb2.MEMBER_STATE_CANCELLED, "the outcome could no longer change"
-            )
+            self._drop(number, "the outcome could no longer change")
         if verdict.answer is not None:
             await self.say(_delta(verdict.answer))
         if self._whole:

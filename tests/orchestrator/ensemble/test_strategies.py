@@ -226,6 +226,19 @@ class TestHedge:
         assert [c.call for c in commands if isinstance(c, Drop)] == [0]
         assert verdict.winner == 1
 
+    def test_what_the_loser_had_said_is_not_heard(self) -> None:
+        late = GenerateResponse(request_id="loser")
+        replies: list[Reply] = [
+            Rang(),
+            Heard(1, EVENT),
+            Heard(0, late),
+            Broke(0, ValueError()),
+            Ended(1, said("b")),
+        ]
+        commands, verdict = play(hedge(self.VIEW, 0.1), replies)
+        assert [c.event for c in commands if isinstance(c, Say)] == [EVENT]
+        assert verdict.winner == 1
+
     def test_no_budget_no_hedge(self) -> None:
         replies: list[Reply] = [Rang(granted=False), Heard(0, EVENT), Ended(0, said("a"))]
         commands, _ = play(hedge(self.VIEW, 0.1), replies)
