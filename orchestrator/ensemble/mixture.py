@@ -44,10 +44,9 @@ def mixture(view: View, prompt: Prompt, aggregator: int, template: str) -> Strat
     marks = {member: Mark(agreed=True) for member in collected.answers}
     full = with_drafts(prompt, template, drafts)
     reply = yield (Ask(aggregator, aggregator, "answer", live=True, prompt=full),)
-    while isinstance(reply, Heard):
-        reply = yield (Say(reply.event),)
+    # Proposers that were not waited for may still speak in between.
     while not (isinstance(reply, Ended | Broke) and reply.call == aggregator):
-        reply = yield ()  # a proposer that was not waited for
+        reply = yield (Say(reply.event),) if isinstance(reply, Heard) else ()
     if isinstance(reply, Broke):
         raise reply.error
     marks[aggregator] = Mark(agreed=True)

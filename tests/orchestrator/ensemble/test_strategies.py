@@ -277,6 +277,18 @@ class TestMixture:
         )
         assert verdict.winner == 2 and verdict.answer is None
 
+    def test_a_proposer_that_was_not_waited_for_does_not_cut_the_answer(self) -> None:
+        replies: list[Reply] = [
+            Ended(0, said("draft")),
+            Heard(2, EVENT),
+            Ended(1, said("late")),
+            Heard(2, EVENT),
+            Ended(2, said("sum")),
+        ]
+        view = View((1.0, 1.0, 1.0), quorum=1, hasty=True)
+        commands, _ = play(mixture(view, Prompt(text="q"), 2, TEMPLATE), replies)
+        assert sum(isinstance(c, Say) for c in commands) == 2
+
     def test_the_last_turn_of_a_chat_carries_them(self) -> None:
         turns = [ChatMessage(role="system", content="s"), ChatMessage(role="user", content="q")]
         replies: list[Reply] = [Ended(1, said("d")), Ended(0, said("sum"))]
