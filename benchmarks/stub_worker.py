@@ -80,7 +80,8 @@ class StubWorker(worker_pb2_grpc.WorkerServiceServicer):
                 self._wake.clear()
                 await self._wake.wait()
                 due = time.monotonic()
-                self._last_step = due
+                if not self.stalled:
+                    self._last_step = due
                 continue
             due = max(due + self.machine.step_seconds, time.monotonic() - LATE_SECONDS)
             await asyncio.sleep(max(0.0, due - time.monotonic()))

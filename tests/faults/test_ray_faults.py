@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
-from .ray_faults import FAULTS, kill_actor
+from .ray_faults import FAULTS, hang_registry, kill_actor
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
-SHORT = [fault for fault in FAULTS if fault.inject is not kill_actor]
-LONG = [fault for fault in FAULTS if fault.inject is kill_actor]
+LONG = [fault for fault in FAULTS if fault.inject in (kill_actor, hang_registry)]
+SHORT = [fault for fault in FAULTS if fault not in LONG]
 
 
 @pytest.mark.parametrize("fault", SHORT, ids=lambda fault: fault.name)
@@ -16,7 +16,7 @@ def test_survives(ray_stage: Any, fault: Any) -> None:
     ray_stage.survive(fault)
 
 
-@pytest.mark.soak  # tests/cluster kills an actor in every run
+@pytest.mark.soak  # tests/cluster kills an actor in every run; the other one takes half a minute
 @pytest.mark.parametrize("fault", LONG, ids=lambda fault: fault.name)
 def test_survives_long(ray_stage: Any, fault: Any) -> None:
     ray_stage.survive(fault)

@@ -168,7 +168,7 @@ def test_cancel_frees_the_blocks_within_a_step(worker: Any) -> None:
 
 def test_deadline(worker: Any) -> None:
     with pytest.raises(grpc.RpcError) as caught:
-        list(worker.stub.Generate(endless(), timeout=0.05))
+        list(worker.stub.Generate(endless(), timeout=0.01))
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     assert until(lambda: worker.server.engine.load.running == 0)
 
