@@ -16,6 +16,7 @@ from ...protos.generation_pb2 import (
     Finished,
     GenerateRequest,
     GenerateResponse,
+    Prompt,
     ScoreRequest,
     Timings,
     TokenIds,
@@ -52,6 +53,8 @@ from .dispatch import Dispatcher
 from .member_call import MemberCall
 from .opening import size
 from .relay import Write
+
+NO_ROOM = "the ensemble's cap on tokens or cost leaves no room for this call"
 
 
 class EnsembleRun:
@@ -256,13 +259,13 @@ class EnsembleRun:
 
     def _limit(self, request: GenerateRequest, call: MemberCall) -> None:
         """Keep within the caps. Raises Unavailable if the call may not begin."""
-        if self.allowance.tokens is None and self.allowance.cost is None:
+        if self.allowance.unlimited:
             return
-        prompt, sampling = most_prompt_tokens(request), request.sampling
+        prompt, sampling = most_prompt_tokens(request.prompt), request.sampling
         wanted = sampling.max_tokens if sampling.HasField("max_tokens") else 1 << 20
         granted = self.allowance.grant(prompt, wanted, call.price)
         if not granted:
-            raise Unavailable("the ensemble's cap on tokens or cost leaves no room for this call")
+            raise Unavailable(NO_ROOM)
         sampling.max_tokens = granted
         call.reserved = prompt + granted
 
@@ -281,13 +284,28 @@ class EnsembleRun:
         request = ScoreRequest(
             request_id=f"{self.request.request_id}/{command.call}", context=self.request.prompt
         )
+        one_tokenizer = len({worker.tokenizer for worker in self.seats if worker}) == 1
         for answer in command.answers:
-            request.continuations.add(token_ids=TokenIds(ids=[t.id for t in answer.tokens]))
+            if one_tokenizer:
+                request.continuations.add(token_ids=TokenIds(ids=[t.id for t in answer.tokens]))
+            else:
+                request.continuations.add(text=answer.text)
+        self._afford_judging(request, call)
         ask = size(request, self.member_ask(command.member))
         response = await self.dispatcher.score(ask, request)
         call.prompt_tokens = response.usage.prompt_tokens
         means = [score.logprob / max(1, score.scored_tokens) for score in response.scores]
         return Judged(command.call, tuple(means))
+
+    def _afford_judging(self, request: ScoreRequest, call: MemberCall) -> None:
+        """Keep within the caps: every continuation is computed behind the whole context."""
+        if self.allowance.unlimited:
+            return
+        sizes = [len(each.token_ids.ids) or each.ByteSize() for each in request.continuations]
+        needed = len(sizes) * most_prompt_tokens(request.context) + sum(sizes)
+        if not self.allowance.afford(needed, call.price):
+            raise Unavailable(NO_ROOM)
+        call.reserved = needed + 1
 
     def _arm(self, alarm: Alarm) -> None:
         old = self._alarms.pop(alarm.name, None)
@@ -371,11 +389,11 @@ def _allowance(spec: Spec) -> Allowance:
     )
 
 
-def most_prompt_tokens(request: GenerateRequest) -> int:
+def most_prompt_tokens(prompt: Prompt) -> int:
     """No tokenizer makes more of the prompt, special tokens and template included."""
-    if request.prompt.WhichOneof("input") == "token_ids":
-        return len(request.prompt.token_ids.ids)
-    return request.prompt.ByteSize() + 16
+    if prompt.WhichOneof("input") == "token_ids":
+        return len(prompt.token_ids.ids)
+    return prompt.ByteSize() + 16
 
 
 def _delta(answer: Answer) -> GenerateResponse:

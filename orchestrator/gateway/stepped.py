@@ -16,7 +16,7 @@ from ..lines.step_line import StepLine
 from ..routing.registry import Worker
 from ..status import Failure
 from .admission import Ask as Admitted
-from .ensembles import EnsembleRun, most_prompt_tokens
+from .ensembles import NO_ROOM, EnsembleRun, most_prompt_tokens
 from .member_call import MemberCall
 from .opening import size
 
@@ -63,15 +63,15 @@ class SteppedRun(EnsembleRun):
         """Take the whole answer's share of the caps, before anything is asked."""
         self._leases, self._opening = {}, {}
         self._untold, self._telling = [], None
-        if self.allowance.tokens is None and self.allowance.cost is None:
+        if self.allowance.unlimited:
             return
         sampling, width = self.request.sampling, len(self.seats)
-        prompt = most_prompt_tokens(self.request)
+        prompt = most_prompt_tokens(self.request.prompt)
         wanted = sampling.max_tokens if sampling.HasField("max_tokens") else 1 << 20
         prices = [worker.cost if worker else 1.0 for worker in self.seats]
         granted = self.allowance.grant(prompt * width, wanted * width, sum(prices) / width)
         if granted < width:
-            raise Unavailable("the ensemble's cap on tokens or cost leaves no room for an answer")
+            raise Unavailable(NO_ROOM)
         sampling.max_tokens = granted // width
 
     async def _tell(self) -> None:
@@ -86,9 +86,19 @@ class SteppedRun(EnsembleRun):
         if call is None:
             seat = self.seats[command.member]
             self.calls[command.member] = MemberCall(command.member, "answer", seat)
+        elif not self._affords_again(command, call):
+            return
         self._opening[command.member] = asyncio.create_task(
             self._open(command), name=f"opening member {command.member}"
         )
+
+    def _affords_again(self, command: Open, call: MemberCall) -> bool:
+        """Whether the caps leave room to compute the answer so far again; else it stays lost."""
+        needed = most_prompt_tokens(self.request.prompt) + len(command.made)
+        if self.allowance.unlimited or self.allowance.afford(needed, call.price):
+            return True
+        self._lose(command.member, Unavailable(NO_ROOM))
+        return False
 
     async def _open(self, command: Open) -> None:
         member, request = command.member, self._step_request(command)

@@ -194,6 +194,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.silent = False
         self.script = Scripts.answer()
         self.asked: list[Any] = []
+        self.scored: list[Any] = []
         self.timeouts: list[float | None] = []
         self.cancelled = 0
         self.running = 0
@@ -298,6 +299,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         await Conversation(self, limit).run(context)
 
     async def Score(self, request: Any, context: Any) -> generation_pb2.ScoreResponse:
+        self.scored.append(request)
         scores = [
             generation_pb2.Score(logprob=-1.0 - index, scored_tokens=2)
             for index, _ in enumerate(request.continuations)

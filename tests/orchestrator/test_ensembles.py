@@ -251,3 +251,32 @@ def test_a_place_for_nobody(rig: Any, run: Any) -> None:
                 await fleet.client.generate("q", ensemble={"vote": {}, "members": members})
 
     run(scenario())
+
+
+def test_judging_counts_in_the_caps(rig: Any, run: Any) -> None:
+    async def scenario() -> None:
+        async with rig(2) as fleet:
+            says(fleet, "a", "b")
+            spec = {"bestOf": {}, "count": 2, "maxTotalTokens": 30}
+            options: dict[str, Any] = {"ensemble": spec, "max_tokens": 2}
+            # Two candidates take 2 * 12 and give back half; the judges need 12 each of those 18.
+            answer = await fleet.client.generate([1] * 10, **options)
+            judges = [m for m in answer.ensemble.members if m.role == "score"]
+            assert sorted(m.state for m in judges) == ["answered", "failed"]
+            assert "cap on tokens" in "".join(m.reason for m in judges)
+
+    run(scenario())
+
+
+def test_judges_with_another_tokenizer_read_the_text(rig: Any, run: Any) -> None:
+    async def scenario() -> None:
+        async with rig(2) as fleet:
+            says(fleet, "a", "b")
+            await fleet.client.generate("q", ensemble={"bestOf": {}, "count": 2})
+            fleet.gateway.registry.workers["w1"].tokenizer = "another"
+            await fleet.client.generate("q", ensemble={"bestOf": {}, "count": 2})
+            (one, other) = fleet.workers[0].scored
+            assert one.continuations[0].WhichOneof("input") == "token_ids"
+            assert other.continuations[0].text == "b"
+
+    run(scenario())
