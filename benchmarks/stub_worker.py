@@ -11,6 +11,7 @@ answered by one on its output, and ends when its input does:
     {"stall": true}         the engine stands still while the process goes on; false ends it
     {"block": 3.0}          the whole process hangs for so many seconds
     {"drain": 1.0}          drains itself with so many seconds of grace
+    {"steps": true}         answers with the seconds that each Step since the last asking took
 """
 
 import argparse
@@ -68,6 +69,7 @@ class StubWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.stalled = False
         self.draining = False
         self._last_step = time.monotonic()
+        self._step_times: list[float] = []
         self._wake = asyncio.Event()
         self._talks: set[_Talk] = set()
         self.health = health.aio.HealthServicer()  # type: ignore[attr-defined]
@@ -139,7 +141,7 @@ class StubWorker(worker_pb2_grpc.WorkerServiceServicer):
 
     async def obey(self, command: dict[str, Any]) -> dict[str, Any]:
         """Does what a control line says (see the module's docstring), and how many it has hit."""
-        hit = len(self.machine.running)
+        answer: dict[str, Any] = {"done": sorted(command), "hit": len(self.machine.running)}
         for name, value in command.items():
             if name == "fail":
                 self.machine.fail(value)
@@ -153,9 +155,11 @@ class StubWorker(worker_pb2_grpc.WorkerServiceServicer):
                 time.sleep(value)
             elif name == "drain":
                 await self.drain(value)
+            elif name == "steps":
+                answer["steps"], self._step_times = self._step_times, []
             else:
                 setattr(self.settings, name, type(getattr(self.settings, name))(value))
-        return {"done": sorted(command), "hit": hit}
+        return answer
 
     # -- rpcs ----------------------------------------------------------------------------------
 
@@ -212,7 +216,9 @@ class StubWorker(worker_pb2_grpc.WorkerServiceServicer):
     async def Step(self, requests: Any, context: Any) -> AsyncIterator[worker_pb2.StepResponse]:
         stepper: _Stepper | None = None
         async for request in requests:
+            began = time.perf_counter()
             await _pause(self.machine.step_seconds)
+            self._step_times.append(time.perf_counter() - began)
             if stepper is None:
                 stepper = _Stepper(request.open, self.settings)
                 yield stepper.opened()

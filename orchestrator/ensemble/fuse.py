@@ -32,6 +32,8 @@ class _Fuse:
         self._votes: list[list[TokenVote]] = []
         self._fused: list[tuple[Fused, int] | None] = []
         """What each token was chosen from, if the caller asked for log-probabilities."""
+        self._heard: dict[int, Told] = {}
+        """Each member's last distribution; read while the others are awaited, not after."""
         self._late = False
         self._agreed = 0
 
@@ -51,6 +53,8 @@ class _Fuse:
         match reply:
             case Stepped():
                 self.all.stepped(reply)
+                if self._is_here(reply):
+                    self._hear(reply)
                 commands += self._tell(reply)
                 if self.end is None and reply.position < len(self.all.tokens):
                     commands += self._give([reply.member])  # it was late, or is new
@@ -103,7 +107,7 @@ class _Fuse:
     def _next(self) -> list[Command]:
         """Choose a token and give it to everybody who is here."""
         here = [n for n, s in enumerate(self.all.members) if self._is_here(s.step)]
-        told = [self._told_by(number) for number in here]
+        told = [self._heard[number] for number in here]
         fused = combine(told, self._product)
         assert self.all.sampling is not None
         rules = rules_of(self.all.sampling)
@@ -118,11 +122,10 @@ class _Fuse:
             stepper.present = number in here
         return [*self._give(here), self._alarm()]
 
-    def _told_by(self, number: int) -> Told:
-        stepper = self.all.members[number]
-        assert stepper.step is not None
-        step = stepper.step
-        return Told(step.ids, step.logprobs, self.all.vocabulary, stepper.weight)
+    def _hear(self, step: Stepped) -> None:
+        stepper = self.all.members[step.member]
+        told = Told(step.ids, step.logprobs, stepper.vocabulary, stepper.weight)
+        self._heard[step.member] = told
 
     def _vote(self, here: Sequence[int], told: Sequence[Told], chosen: int) -> None:
         votes = []

@@ -17,6 +17,8 @@ class Stepper:
     """One member."""
 
     weight: float
+    vocabulary: int = 0
+    """Its tokens in all, once it is open."""
     known: int = 0
     """Tokens of the answer that it has been given."""
     step: Stepped | None = None
@@ -46,7 +48,6 @@ class Steppers:
     counts: dict[int, int] = field(default_factory=dict)
     sampling: SamplingParams | None = None
     """With every default filled in, by the first of the members."""
-    vocabulary: int = 0
     suppressed: tuple[int, ...] = ()
     stops: tuple[int, ...] = ()
     _tokenizer: str = ""
@@ -72,6 +73,7 @@ class Steppers:
         if reply.opened is None:
             return
         stepper.opened = True
+        stepper.vocabulary = reply.opened.vocab_size
         if reply.opened.tokenizer_fingerprint != (
             self._tokenizer or reply.opened.tokenizer_fingerprint
         ):
@@ -84,7 +86,6 @@ class Steppers:
         if reply.member <= self._source:
             self._source = reply.member
             self.sampling = reply.opened.sampling
-            self.vocabulary = reply.opened.vocab_size
             self.suppressed = tuple(reply.opened.suppressed_ids)
             self.stops = tuple(reply.opened.stop_ids)
 
