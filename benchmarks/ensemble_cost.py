@@ -2,7 +2,7 @@
 
 Stub workers stand for members of known speed, so that what is measured is the orchestrator's own:
 `fuse` over three equal members against the slowest of their steps; first tokens with and without
-hedging while one member in three is ten times slower, in turns; a vote while one member is stopped.
+hedging while one member in three is ten times slower; a vote while one member is stopped.
 """
 
 import argparse
@@ -23,13 +23,18 @@ STEP_RATE = 100.0
 TOKENS = 64
 FIRST_TOKEN = 0.05
 SLOW = 10
+PERIOD = 5.0
+"""Seconds for which a member is the slow one."""
+PERIODS = 6
+"""That are counted; a third of them for each member."""
+HEDGE_KINDS: tuple[dict[str, object], ...] = ({"single": {}}, {"hedge": {"quantile": 0.9}})
 
 
 def main() -> None:
     """Run all measurements and write them down."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=15, help="answers of each kind for fuse")
-    parser.add_argument("--asks", type=int, default=1000, help="asks of each kind for hedge")
+    parser.add_argument("--hedge-runs", type=int, default=3, help="of 35 s each")
     parser.add_argument("--dry", action="store_true", help="print only; write no result")
     options = parser.parse_args()
     figures = asyncio.run(measure(options))
@@ -43,7 +48,7 @@ async def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """All figures, one after the other."""
     return {
         "fuse": await fuse_cost(options.runs),
-        "hedge": await hedge_gain(options.asks),
+        "hedge": await hedge_gain(options.hedge_runs),
         "vote": await vote_at_quorum(),
     }
 
@@ -97,52 +102,80 @@ async def milliseconds_a_token(rig: Rig, more: dict[str, Any]) -> float:
     return (arrived[-1] - arrived[0]) * 1e3 / (TOKENS - 1)
 
 
-async def hedge_gain(asks: int) -> dict[str, Any]:
-    """Seconds to the first token, asked in turn with and without a hedge."""
-    times: dict[str, list[float]] = {"single": [], "hedged": []}
-    settings = {"first_token": FIRST_TOKEN, "stream_rate": 1000.0, "rate": 1e6}
-    specs: dict[str, dict[str, object]] = {
-        "single": {"single": {}},
-        "hedged": {"hedge": {"quantile": 0.9}},
-    }
-    async with AsyncExitStack() as stack:
-        rig = await Rig.start(stack, [settings] * 3)
-        await rig.workers[0].tell(slowdown=SLOW)
+async def hedge_gain(runs: int) -> dict[str, Any]:
+    """Seconds to the first token with and without hedging, and how much the 99th percentile falls.
 
-        async def one(kind: str, number: int) -> None:
+    Each kind has a fleet of its own, for what one learns of a slow member, and how long it keeps
+    it busy, would change the other's times; both run at once, so that the machine is the same. At
+    any time one member of three is ten times slower, after PERIOD seconds the next one: of a member
+    that is slow for ever the router soon knows, and there is no tail left to cut. The first period
+    of a run is not counted. `low` and `high` are over the halves of all runs, in time.
+    """
+    halves, cuts, rows = [], [], []
+    for _ in track(range(runs), "hedge"):
+        times, hedges = await hedge_run()
+        single, hedged = times
+        halves += [p99_cut(single[h], hedged[h]) for h in (0, 1)]
+        whole = [[*kind[0], *kind[1]] for kind in times]
+        cuts.append(p99_cut(*whole))
+        share = hedges / len(whole[1])
+        rows.append([quantiles(kind, n=100)[at] for kind in whole for at in (49, 98)] + [share])
+    names = ("single_p50", "single_p99", "hedged_p50", "hedged_p99", "hedged_share")
+    medians = [median(column) for column in zip(*rows, strict=True)]
+    return {
+        **dict(zip(names, medians, strict=True)),
+        "p99_cut": median(cuts),
+        "low": min(halves),
+        "high": max(halves),
+        "p99_cuts": [round(cut, 3) for cut in cuts],
+        "hedged_shares": [round(row[-1], 3) for row in rows],
+    }
+
+
+def p99_cut(single: list[float], hedged: list[float]) -> float:
+    """How much shorter the 99th percentile is, as a fraction."""
+    return 1 - quantiles(hedged, n=100)[-1] / quantiles(single, n=100)[-1]
+
+
+async def hedge_run() -> tuple[list[tuple[list[float], list[float]]], int]:
+    """First-token times of both kinds, each by half of the run, and how many were hedged."""
+    settings = {"first_token": FIRST_TOKEN, "stream_rate": 1000.0, "rate": 1e6}
+    times: list[tuple[list[float], list[float]]] = [([], []), ([], [])]
+    async with AsyncExitStack() as stack:
+        rigs = [await Rig.start(stack, [settings] * 3) for _ in HEDGE_KINDS]
+
+        async def ask(kind: int, half: int) -> None:
             began = time.perf_counter()
-            stream = rig.client.stream(
-                f"prompt {number}", ensemble=specs[kind], max_tokens=4, ignore_eos=True
+            stream = rigs[kind].client.stream(
+                "a prompt", ensemble=HEDGE_KINDS[kind], max_tokens=4, ignore_eos=True
             )
-            async for _ in stream:
-                times[kind].append(time.perf_counter() - began)
-                break
+            await anext(stream)
+            took = time.perf_counter() - began
+            if half >= 0:
+                times[kind][half].append(took)
             async for _ in stream:
                 pass
 
+        hedges_before = 0
         async with asyncio.TaskGroup() as group:
-            for number in track(range(asks), "hedge"):
-                for kind in specs:
-                    group.create_task(one(kind, number))
-                    await asyncio.sleep(0.01)
-        hedges = (await rig.client.fleet()).hedges
-    cut = quantiles(times["single"], n=100), quantiles(times["hedged"], n=100)
-    halves = [
-        1
-        - quantiles(times["hedged"][half::2], n=100)[-1]
-        / quantiles(times["single"][half::2], n=100)[-1]
-        for half in (0, 1)
-    ]
-    return {
-        "single_p50": cut[0][49],
-        "single_p99": cut[0][98],
-        "hedged_p50": cut[1][49],
-        "hedged_p99": cut[1][98],
-        "p99_cut": 1 - cut[1][98] / cut[0][98],
-        "low": min(halves),
-        "high": max(halves),
-        "hedged_share": hedges / asks,
-    }
+            for period in range(1 + PERIODS):
+                await asyncio.gather(*(slow_down(rig, period % 3) for rig in rigs))
+                if period == 1:
+                    hedges_before = (await rigs[1].client.fleet()).hedges
+                half = -1 if period == 0 else int(period > PERIODS // 2)
+                ends = time.perf_counter() + PERIOD
+                while time.perf_counter() < ends:
+                    for kind in range(len(HEDGE_KINDS)):
+                        group.create_task(ask(kind, half))
+                        await asyncio.sleep(0.01)
+        hedges = (await rigs[1].client.fleet()).hedges - hedges_before
+    return times, hedges
+
+
+async def slow_down(rig: Rig, slow: int) -> None:
+    """From now on this member is the slow one."""
+    for number, worker in enumerate(rig.workers):
+        await worker.tell(slowdown=SLOW if number == slow else 1)
 
 
 async def vote_at_quorum() -> dict[str, Any]:

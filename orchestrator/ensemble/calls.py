@@ -86,6 +86,8 @@ class Alarm:
 
     seconds: float
     name: str = ""
+    keep: float = 0.0
+    """The fraction of the reserve for extra work that this one must leave untouched."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -314,7 +314,7 @@ class EnsembleRun:
 
         def ring() -> None:
             hedging = self.spec.strategy == "hedge"
-            self.replies.put_nowait(Rang(alarm.name, not hedging or self._hedges.spend()))
+            self.replies.put_nowait(Rang(alarm.name, not hedging or self._hedges.spend(alarm.keep)))
 
         loop = asyncio.get_running_loop()
         self._alarms[alarm.name] = loop.call_later(alarm.seconds, ring)

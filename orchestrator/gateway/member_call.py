@@ -73,7 +73,7 @@ class MemberCall:
     def report(self, mark: Mark | None, with_text: bool) -> MemberReport:
         """What the caller is told of it."""
         report = MemberReport(
-            worker=self._worker_name(),
+            worker=self.worker_name,
             model=self.worker.model if self.worker else "",
             state=self.state,
             member=self.member,
@@ -98,7 +98,9 @@ class MemberCall:
             report.reason = report.reason or mark.failed
         return report
 
-    def _worker_name(self) -> str:
+    @property
+    def worker_name(self) -> str:
+        """Who answers, or was meant to."""
         if self.finished is not None and self.finished.worker:
             return self.finished.worker
         return self.worker.name if self.worker else ""

@@ -1,12 +1,11 @@
 """From a caller's ensemble to a run: preset, check, width under load, seats, strategy."""
 
 import random
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from ...protos import gateway_pb2
-from ...protos.ensemble_pb2 import EnsembleSpec
+from ...protos.ensemble_pb2 import MEMBER_STATE_CANCELLED, EnsembleSpec
 from ...protos.generation_pb2 import (
     CompleteResponse,
     GenerateRequest,
@@ -18,14 +17,16 @@ from ..ensemble.panel import seat
 from ..ensemble.spec import Spec, read_spec
 from ..ensemble.strategies import start
 from ..routing.budget import Budget
+from ..routing.first_tokens import FirstTokens
+from ..routing.registry import Worker
 from .admission import Ask
 from .dispatch import Dispatcher
 from .ensembles import EnsembleRun
+from .member_call import MemberCall
 from .relay import Write
 from .stepped import SteppedRun
 
 HEDGE_RESERVE = 16.0
-FEWEST_OBSERVED = 20
 UNOBSERVED_SECONDS = 1.0
 """When to hedge before enough first tokens were seen."""
 
@@ -48,7 +49,7 @@ class Panels:
         self.hedges = 0
         self._dispatcher = dispatcher
         self._budget = Budget(hedge_share, HEDGE_RESERVE)
-        self._first_tokens: deque[float] = deque(maxlen=512)
+        self._first_tokens = FirstTokens()
 
     def wanted(self, envelope: Envelope) -> EnsembleSpec | None:
         """The spec of an envelope, its own or a preset's. Raises InvalidRequest."""
@@ -71,7 +72,8 @@ class Panels:
         spec = read_spec(message, request, ask.wish.selector)
         asked_width = len(spec.members)
         spec = shrink(spec, spec.width_at(self._dispatcher.admission.load))
-        seats = seat(self._dispatcher.registry.workers.values(), spec.members)
+        workers = self._dispatcher.registry.workers.values()
+        seats = seat(workers, spec.members, ask.wish.tokens)
         seed = _seed(message, request)
         if spec.strategy == "hedge":
             self._budget.earn()
@@ -79,7 +81,7 @@ class Panels:
         run = kind(
             self._dispatcher, spec, seats, asked_width, request, ask, write, self._budget, unary
         )
-        strategy = start(spec, request, seed, self._quantile)
+        strategy = start(spec, request, seed, lambda fraction: self._late(seats[0], fraction))
         try:
             await run.run(strategy)
         finally:
@@ -101,15 +103,30 @@ class Panels:
 
     def _note(self, run: EnsembleRun) -> None:
         self.hedges += sum(call.role == "hedge" for call in run.calls.values())
-        firsts = [c.first_token for c in run.calls.values() if c.first_token is not None]
-        if firsts and run.spec.strategy in ("single", "hedge"):
-            self._first_tokens.append(min(firsts))
+        if run.spec.strategy not in ("single", "hedge"):
+            return
+        spoke = [call for call in run.calls.values() if call.first_token is not None]
+        for call in spoke:
+            assert call.first_token is not None
+            self._first_tokens.note(call.worker_name, call.first_token)
+        if len(spoke) == 1:
+            self._compare(spoke[0], run.calls.values())
 
-    def _quantile(self, fraction: float) -> float:
-        if len(self._first_tokens) < FEWEST_OBSERVED:
-            return UNOBSERVED_SECONDS
-        ordered = sorted(self._first_tokens)
-        return ordered[min(len(ordered) - 1, int(fraction * len(ordered)))]
+    def _compare(self, winner: MemberCall, calls: Iterable[MemberCall]) -> None:
+        """Who was cancelled without a word is slower than who spoke; it would probably have taken
+        as long again."""
+        assert winner.first_token is not None
+        for call in calls:
+            if call.state == MEMBER_STATE_CANCELLED and call.total > winner.first_token:
+                ratio = winner.first_token / (2 * call.total)
+                self._dispatcher.registry.outrun(call.worker_name, winner.worker_name, ratio)
+
+    def _late(self, first: Worker | None, fraction: float) -> float:
+        """Seconds after which a first token is late, by the workers with the first one's model."""
+        workers = self._dispatcher.registry.workers.values()
+        alike = [w.name for w in workers if first is None or w.model == first.model]
+        usual = self._first_tokens.usual(alike, fraction)
+        return UNOBSERVED_SECONDS if usual is None else usual
 
 
 class Gathered:

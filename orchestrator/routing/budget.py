@@ -22,9 +22,13 @@ class Budget:
         """An ask has come in."""
         self._saved = min(self._reserve, self._saved + self._share)
 
-    def spend(self) -> bool:
-        """Take one extra; False if none is left."""
-        if self._saved < 1:
+    def spend(self, keep: float = 0.0) -> bool:
+        """Take one extra; False if none is left.
+
+        Args:
+            keep: the fraction of the reserve that is left to those who need it more.
+        """
+        if self._saved < 1 + keep * self._reserve:
             return False
         self._saved -= 1
         return True

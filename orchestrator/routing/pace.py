@@ -29,9 +29,9 @@ class Pace:
             outstanding: tokens still to compute.
             rate: answer tokens a second over the last seconds.
         """
-        speed = None
+        speed, idle = None, not (self.running or running)
         if self.at and self.running and running and now > self.at:
             streams = (self.running + running) / 2
             speed = max(0, completed - self.completed) / (streams * (now - self.at))
         self.at, self.running, self.completed = now, running, completed
-        return Beat(outstanding, rate, speed or None)
+        return Beat(outstanding, rate, speed or None, idle)

@@ -116,7 +116,9 @@ class Beat:
     outstanding_tokens: int
     tokens_per_second: float
     stream_speed: float | None
-    """Answer tokens a second of one stream since the last beat; None if it was idle."""
+    """Answer tokens a second of one stream since the last beat; None if none was made."""
+    idle: bool = False
+    """Whether it had nothing to do, now and at the last beat."""
 
 
 class Registry:
@@ -165,10 +167,21 @@ class Registry:
         if beat.stream_speed is not None:
             old = worker.speed or beat.stream_speed
             worker.speed = old + SPEED_SHARE * (beat.stream_speed - old)
-        elif worker.speed:
+        elif worker.speed and beat.idle:
             # What was seen of an idle worker fades, or one that was slow would never be tried.
             speeds = [each.speed for each in self.workers.values() if each.speed]
             worker.speed += FADING * (sum(speeds) / len(speeds) - worker.speed)
+
+    def outrun(self, name: str, by: str, ratio: float) -> None:
+        """One worker was given up because another one spoke first: it is no faster than the
+        fraction `ratio` of that one's speed. Nothing else tells, for its answers are never heard.
+        """
+        worker, other = self.workers.get(name), self.workers.get(by)
+        if worker is None or other is None:
+            return
+        most = other.speed * ratio
+        if most < worker.speed:
+            worker.speed += SPEED_SHARE * (most - worker.speed)
 
     def serving(self, name: str) -> None:
         """The worker's health says SERVING."""

@@ -120,7 +120,7 @@ def choose(workers: Iterable[Worker], wish: Wish, now: float) -> Worker | None:
     able = pinned or probed or _canaries(able, wish)
     if len(able) < 2:
         return able[0] if able else None
-    speed = _typical_speed(able)
+    speed = typical_speed(able)
 
     def work(worker: Worker) -> float:
         return (worker.outstanding_tokens + wish.tokens) / (worker.speed or speed)
@@ -148,8 +148,8 @@ def _share(worker: Worker) -> float:
         return 0.0
 
 
-def _typical_speed(workers: Collection[Worker]) -> float:
-    """What a worker is taken to do of which nothing has been seen."""
+def typical_speed(workers: Collection[Worker]) -> float:
+    """Tokens a second of one stream of a worker of which nothing has been seen."""
     known = [worker.speed for worker in workers if worker.speed > 0]
     return sum(known) / len(known) if known else 1.0
 

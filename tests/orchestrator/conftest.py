@@ -76,8 +76,9 @@ class Scripts:
     """How a worker may behave; used as `worker.script = Scripts.die_after(2)`."""
 
     @staticmethod
-    def answer(count: int = 3, pause: float = 0.0) -> Script:
+    def answer(count: int = 3, pause: float = 0.0, first: float = 0.0) -> Script:
         async def script(worker: "FakeWorker", request: Any, context: Any) -> Events:
+            await asyncio.sleep(first)
             for index in range(count):
                 yield worker.delta(request, f"t{index} ")
                 await asyncio.sleep(pause)

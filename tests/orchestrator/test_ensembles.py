@@ -150,7 +150,12 @@ def test_hedges_keep_to_their_budget(rig: Any, run: Any) -> None:
             spec = {"hedge": {"afterSeconds": 0.0}}
             for _ in range(20):
                 await fleet.client.generate("q", ensemble=spec)
-            assert (await fleet.client.fleet()).hedges == 16  # the reserve
+            assert (await fleet.client.fleet()).hedges == 8  # half of the reserve
+            for worker in fleet.workers:
+                worker.script = fleet.Scripts.answer(first=0.1)
+            for _ in range(20):
+                await fleet.client.generate("q", ensemble=spec)
+            assert (await fleet.client.fleet()).hedges == 16  # all of it: these wait for longer
 
     run(scenario())
 

@@ -121,6 +121,14 @@ def test_seats_are_different_and_least_loaded_first() -> None:
     assert [w and w.name for w in seat(workers, [MemberWish()] * 4)] == ["c", "b", "a", None]
 
 
+def test_a_slow_worker_is_not_seated_for_being_idle() -> None:
+    workers = [worker("slow"), worker("fast", 20), worker("new", 30)]
+    workers[0].speed, workers[1].speed = 10.0, 100.0
+    assert [w and w.name for w in seat(workers, [MemberWish()], tokens=50)] == ["fast"]
+    workers[1].open_tokens = 5000
+    assert [w and w.name for w in seat(workers, [MemberWish()], tokens=50)] == ["new"]
+
+
 def test_whoever_is_named_keeps_its_place() -> None:
     workers = [worker("a"), worker("b", 99)]
     wishes = [MemberWish(), MemberWish(Selector(frozenset("a")))]

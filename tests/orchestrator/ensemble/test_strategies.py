@@ -27,7 +27,7 @@ from conclave.orchestrator.ensemble.calls import (
     View,
 )
 from conclave.orchestrator.ensemble.cascade import cascade
-from conclave.orchestrator.ensemble.hedge import hedge, single
+from conclave.orchestrator.ensemble.hedge import FOR_THE_LATEST, SHORTEST_PAUSE, hedge, single
 from conclave.orchestrator.ensemble.mixture import TEMPLATE, mixture
 from conclave.orchestrator.ensemble.vote import answer_of, vote
 from conclave.protos.generation_pb2 import (
@@ -243,6 +243,25 @@ class TestHedge:
         replies: list[Reply] = [Rang(granted=False), Heard(0, EVENT), Ended(0, said("a"))]
         commands, _ = play(hedge(self.VIEW, 0.1), replies)
         assert asked(commands) == [(0, 0)]
+
+    def test_who_is_refused_tries_again_with_all_of_the_budget(self) -> None:
+        replies: list[Reply] = [
+            Rang(granted=False),
+            Rang(),
+            Heard(1, EVENT),
+            Ended(1, said("b")),
+        ]
+        commands, verdict = play(hedge(self.VIEW, 0.1), replies)
+        assert [(c.seconds, c.keep) for c in commands if isinstance(c, Alarm)] == [
+            (0.1, FOR_THE_LATEST),
+            (0.1, 0.0),
+        ]
+        assert verdict.winner == 1
+
+    def test_alarms_have_a_shortest_pause(self) -> None:
+        replies: list[Reply] = [Rang(granted=False), Heard(0, EVENT), Ended(0, said("a"))]
+        commands, _ = play(hedge(self.VIEW, 0.0), replies)
+        assert [c.seconds for c in commands if isinstance(c, Alarm)] == [0.0, SHORTEST_PAUSE]
 
     def test_a_failure_is_replaced_at_once(self) -> None:
         replies: list[Reply] = [Broke(0, ValueError()), Heard(1, EVENT), Ended(1, said("b"))]
