@@ -1,0 +1,184 @@
+"""The formats of compressed weights: what one keeps, how its tensors lie, what they take.
+
+A weight [R rows out, K columns in] is cut into groups of 16 columns. A sparse format N:16 keeps N
+of each 16; a dense one keeps all. Kept values are codes: weight = code * scale, with one bfloat16
+scale for `group` columns of a row. All tensors have the rows last, so that 32 lanes with a row each
+read adjacent bytes; R' is R rounded up to a multiple of 16, and the rows between are zero. Stacked
+weights (the experts of a mixture) have one leading dimension E on every tensor.
+
+| format     | codes                   | positions                    | scales                 |
+| ---------- | ----------------------- | ---------------------------- | ---------------------- |
+| N:16 int4  | uint8 [K/16, N, R'] (1) |                              | bfloat16 [K/group, R'] |
+| N:16 int8  | int8 [K/16, N, R']      | uint8 [K/16, N/2 up, R'] (2) | bfloat16 [K/group, R'] |
+| N:16 bf16  | bfloat16 [K/16, N, R']  | uint8 [K/16, N/2 up, R'] (2) |                        |
+| dense int4 | int32 [K/8, R'] (3)     |                              | bfloat16 [K/group, R'] |
+| dense int8 | int8 [K, R']            |                              | bfloat16 [K/group, R'] |
+
+(1) One byte a survivor: signed value (-8..7) in the high nibble, position (0..15) in the low one.
+(2) N/2 rounded up: survivor 2i in the low nibble, 2i + 1 in the high one, one too many is zero.
+(3) Bits 4i to 4i + 3 of word j hold value + 8 of column 8j + i.
+
+The positions of a group are distinct and ascend. A group with fewer than N survivors fills its
+slots with the value zero at the lowest free positions, so the bytes follow from values and map.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from .errors import LayoutError
+
+SPAN = 16
+"""Columns that N survivors are chosen from; rows are padded to a multiple of it too."""
+
+_FORMAT = re.compile(r"(?:(\d+):16|dense)-(?:int(\d+)-g(\d+)|bf16)")
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One way to store a weight; printed and parsed as "5:16-int4-g128", "dense-int8-g64", ..."""
+
+    kept: int
+    """Survivors of each 16 columns: 1 to 15, or 16 in a dense format."""
+    bits: int
+    """Of a value: 4 or 8 (integers with scales), or 16 (exact bfloat16, sparse formats only)."""
+    group: int
+    """Columns that share a scale: 32, 64 or 128; 0 if `bits` is 16."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.kept <= SPAN:
+            raise LayoutError(f"kept is {self.kept}; choose 1 to 15 of 16, or 16 for dense")
+        if self.bits not in (4, 8, 16):
+            raise LayoutError(f"bits is {self.bits}; choose 4, 8 or 16")
+        if self.bits == 16 and self.dense:
+            raise LayoutError("dense bf16 is no format of its own; keep the plain tensor")
+        groups = (0,) if self.bits == 16 else (32, 64, 128)
+        if self.group not in groups:
+            raise LayoutError(
+                f"group is {self.group}; with {self.bits}-bit values choose one of {groups}"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The format that `str` prints as `text`; LayoutError if there is none."""
+        match = _FORMAT.fullmatch(text)
+        if match is None:
+            raise LayoutError(
+                f"{text!r} is no format; write 5:16-int4-g128, 8:16-bf16, dense-int8-g64 or alike"
+            )
+        kept, bits, group = match.groups()
+        return cls(int(kept or SPAN), int(bits or 16), int(group or 0))
+
+    def __str__(self) -> str:
+        pattern = "dense" if self.dense else f"{self.kept}:16"
+        return f"{pattern}-bf16" if self.bits == 16 else f"{pattern}-int{self.bits}-g{self.group}"
+
+    @property
+    def dense(self) -> bool:
+        return self.kept == SPAN
+
+
+Shape = tuple[int, ...]
+
+
+def padded(rows: int) -> int:
+    """R', the rows that are stored."""
+    return -(-rows // SPAN) * SPAN
+
+
+def tensor_shapes(
+    format: Format, rows: int, columns: int, experts: int | None = None
+) -> dict[str, tuple[Shape, torch.dtype]]:
+    """Shape and dtype of each tensor of a weight by field name; LayoutError if it cannot be."""
+    if rows < 1 or columns < 1 or (experts is not None and experts < 1):
+        raise LayoutError(f"a weight of {experts or 1} x {rows} x {columns} has nothing to store")
+    step = max(SPAN, format.group)
+    if columns % step:
+        raise LayoutError(
+            f"{columns} columns are no multiple of {step}, which {format} needs; "
+            "choose a smaller group, or keep the weight as it is"
+        )
+    groups, width = columns // SPAN, padded(rows)
+    stack = () if experts is None else (experts,)
+    shapes: dict[str, tuple[Shape, torch.dtype]] = {}
+    if format.dense and format.bits == 4:
+        shapes["codes"] = ((*stack, columns // 8, width), torch.int32)
+    elif format.dense:
+        shapes["codes"] = ((*stack, columns, width), torch.int8)
+    else:
+        dtype = {4: torch.uint8, 8: torch.int8, 16: torch.bfloat16}[format.bits]
+        shapes["codes"] = ((*stack, groups, format.kept, width), dtype)
+        if format.bits > 4:
+            shapes["positions"] = ((*stack, groups, (format.kept + 1) // 2, width), torch.uint8)
+    if format.group:
+        shapes["scales"] = ((*stack, columns // format.group, width), torch.bfloat16)
+    return shapes
+
+
+def packed_bytes(format: Format, rows: int, columns: int, experts: int = 1) -> int:
+    """Bytes of a weight in `format`, padding included."""
+    shapes = tensor_shapes(format, rows, columns, experts).values()
+    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedWeight:
+    """A weight [R, K], or E stacked ones, in one of the formats of this module."""
+
+    format: Format
+    rows: int
+    columns: int
+    codes: Tensor
+    positions: Tensor | None
+    scales: Tensor | None
+
+    @property
+    def experts(self) -> int | None:
+        """E, or None of a weight that is not stacked."""
+        single = 2 if self.format.dense else 3
+        return self.codes.shape[0] if self.codes.dim() > single else None
+
+    @property
+    def padded_rows(self) -> int:
+        """R', which is also the stride of everything before the rows."""
+        return self.codes.shape[-1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits for each weight of the dense matrix, scales and padding included."""
+        return 8 * self.nbytes / ((self.experts or 1) * self.rows * self.columns)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that the format has, by field name."""
+        fields = {"codes": self.codes, "positions": self.positions, "scales": self.scales}
+        return {name: tensor for name, tensor in fields.items() if tensor is not None}
+
+    def to(self, device: torch.device | str) -> "PackedWeight":
+        """The same weight on `device`; itself if it is there."""
+        moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        return from_tensors(self.format, self.rows, self.columns, moved)
+
+    def expert(self, index: int) -> "PackedWeight":
+        """One weight of a stack, as a view."""
+        own = {name: tensor[index] for name, tensor in self.tensors().items()}
+        return from_tensors(self.format, self.rows, self.columns, own)
+
+
+def from_tensors(
+    format: Format, rows: int, columns: int, tensors: dict[str, Tensor]
+) -> PackedWeight:
+    """The inverse of `PackedWeight.tensors`; unchecked, see `validate`."""
+    return PackedWeight(
+        format, rows, columns, tensors["codes"], tensors.get("positions"), tensors.get("scales")
+    )
