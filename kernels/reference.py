@@ -1,7 +1,8 @@
 """Every op in plain torch: the truth that kernels are tested against, and what runs on a CPU.
 
 A kernel has the name and the signature of its reference. What this file gave up is bandwidth: paged
-attention copies the keys and values it reads before it multiplies, which a kernel reads in place.
+attention copies the keys and values it reads before it multiplies, and linears expand their packed
+weight, which kernels read in place.
 """
 
 from dataclasses import dataclass
@@ -9,6 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .errors import KernelInputError
+from .layouts import PackedWeight, unpack
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,3 +88,63 @@ def paged_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, pages
     return F.scaled_dot_product_attention(
         query.transpose(1, 2), keys, values, attn_mask=pages.bias, scale=1.0, enable_gqa=True
     ).transpose(1, 2)
+
+
+def linear(
+    x: Tensor, weight: PackedWeight, residual: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """(x weight^T + residual) * scale, from [..., K] to [..., R], in the dtype of `x`.
+
+    Summed, added and multiplied in float32, rounded once. `residual` is [..., R]. KernelInputError
+    if something does not fit.
+    """
+    output = _product(x, weight)
+    if residual is not None:
+        if residual.shape != output.shape:
+            raise KernelInputError(
+                f"the residual is {tuple(residual.shape)}; it must be {tuple(output.shape)}"
+            )
+        output += residual
+    if scale is not None:
+        output *= scale
+    return output.to(x.dtype)
+
+
+def gated_linear(x: Tensor, weight: PackedWeight) -> Tensor:
+    """gelu_tanh(gate) * up, from [..., K] to [..., R/2]: the weight's rows are gate's, then up's.
+
+    All in float32, rounded once to the dtype of `x`.
+    """
+    if weight.rows % 2:
+        raise KernelInputError(f"{weight.rows} rows are not gate and up; the number must be even")
+    gate, up = _product(x, weight).chunk(2, -1)
+    return (F.gelu(gate, approximate="tanh") * up).to(x.dtype)
+
+
+def grouped_linear(x: Tensor, weight: PackedWeight, experts: Tensor) -> Tensor:
+    """[T, K] to [T, R], token t by the weight `experts[t]` (int32 [T]) of the stack.
+
+    One token with several experts is `x.expand(count, -1)`.
+    """
+    if weight.experts is None:
+        raise KernelInputError("the weight is a single one; grouped_linear takes a stack")
+    if x.dim() != 2 or experts.shape != x.shape[:1] or experts.dtype != torch.int32:
+        raise KernelInputError(
+            f"x is {tuple(x.shape)} and experts {experts.dtype} {tuple(experts.shape)}; "
+            "they must be [T, K] and int32 [T]"
+        )
+    output = torch.empty(len(x), weight.rows, dtype=x.dtype, device=x.device)
+    for index in experts.unique().tolist():
+        own = experts == index
+        output[own] = _product(x[own], weight.expert(index)).to(x.dtype)
+    return output
+
+
+def _product(x: Tensor, weight: PackedWeight) -> Tensor:
+    """x weight^T of a single weight in float32, [..., R]."""
+    if weight.experts is not None or x.shape[-1] != weight.columns:
+        stack = "" if weight.experts is None else f"a stack of {weight.experts}, each "
+        raise KernelInputError(
+            f"x is {tuple(x.shape)}; the weight is {stack}{weight.rows} x {weight.columns}"
+        )
+    return F.linear(x.float(), unpack(weight))

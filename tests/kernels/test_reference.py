@@ -1,9 +1,20 @@
-"""The reference ops against a loop over queries that a reader can check by eye."""
+"""The reference ops against loops and float64 that a reader can check by eye."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from conclave.kernels.reference import paged_attention, plan_pages, write_kv
+from conclave.kernels.errors import KernelInputError
+from conclave.kernels.layouts import Format, pack, unpack
+from conclave.kernels.reference import (
+    gated_linear,
+    grouped_linear,
+    linear,
+    paged_attention,
+    plan_pages,
+    write_kv,
+)
 
 BLOCK = 4
 
@@ -50,3 +61,60 @@ def test_write_kv_touches_its_slots_only() -> None:
     for given, cache in ((key, key_cache), (value, value_cache)):
         assert torch.equal(cache.flatten(0, 1)[slots], given)
         assert cache.count_nonzero() == given.numel()
+
+
+FORMATS = ["5:16-int4-g64", "8:16-int8-g32", "6:16-bf16", "dense-int4-g32", "dense-int8-g64"]
+
+
+@pytest.mark.parametrize("text", FORMATS)
+@pytest.mark.parametrize("shape", [(64,), (3, 64), (2, 5, 64)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear(text: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    packed = pack(torch.randn(20, 64), Format.parse(text))
+    dense = unpack(packed, torch.float64)
+    x, residual = torch.randn(shape).to(dtype), torch.randn(*shape[:-1], 20).to(dtype)
+    plain = x.double() @ dense.T
+    for output, expected in (
+        (linear(x, packed), plain),
+        (linear(x, packed, residual), plain + residual),
+        (linear(x, packed, scale=0.5), plain * 0.5),
+        (linear(x, packed, residual, 3.0), (plain + residual) * 3),
+        (
+            gated_linear(x, packed),
+            torch.nn.functional.gelu(plain[..., :10], approximate="tanh") * plain[..., 10:],
+        ),
+    ):
+        assert output.dtype == dtype and output.shape == expected.shape
+        error = (output.double() - expected).norm() / expected.norm()
+        assert error < (1e-6 if dtype == torch.float32 else 3e-3)
+
+
+@pytest.mark.parametrize("text", FORMATS)
+def test_grouped_linear(text: str) -> None:
+    torch.manual_seed(0)
+    packed = pack(torch.randn(4, 20, 64), Format.parse(text))
+    x, experts = torch.randn(6, 64), torch.tensor([3, 0, 3, 1, 1, 3], dtype=torch.int32)
+    output = grouped_linear(x, packed, experts)
+    for token, expert in enumerate(experts.tolist()):
+        assert torch.allclose(output[token], linear(x[token], packed.expert(expert)), atol=1e-5)
+    one = grouped_linear(x[:1].expand(2, -1), packed, experts[:2])
+    assert torch.allclose(one[1], linear(x[0], packed.expert(0)), atol=1e-5)
+
+
+def test_linears_refuse_what_does_not_fit() -> None:
+    single = pack(torch.randn(3, 64), Format.parse("5:16-bf16"))
+    stack = pack(torch.randn(2, 3, 64), Format.parse("5:16-bf16"))
+    x, experts = torch.randn(2, 64), torch.zeros(2, dtype=torch.int32)
+    bad: list[tuple[str, Callable[[], torch.Tensor]]] = [
+        ("3 x 64", lambda: linear(x[:, :48], single)),
+        ("stack of 2", lambda: linear(x, stack)),
+        ("residual", lambda: linear(x, single, x)),
+        ("even", lambda: gated_linear(x, single)),
+        ("single", lambda: grouped_linear(x, single, experts)),
+        ("int32", lambda: grouped_linear(x, stack, experts.long())),
+        ("int32", lambda: grouped_linear(x, stack, experts[:1])),
+    ]
+    for message, call in bad:
+        with pytest.raises(KernelInputError, match=message):
+            call()
