@@ -71,9 +71,9 @@ FORMATS = ["5:16-int4-g64", "8:16-int8-g32", "6:16-bf16", "dense-int4-g32", "den
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear(text: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    packed = pack(torch.randn(20, 64), Format.parse(text))
+    packed = pack(torch.randn(200, 64), Format.parse(text))
     dense = unpack(packed, torch.float64)
-    x, residual = torch.randn(shape).to(dtype), torch.randn(*shape[:-1], 20).to(dtype)
+    x, residual = torch.randn(shape).to(dtype), torch.randn(*shape[:-1], 200).to(dtype)
     plain = x.double() @ dense.T
     for output, expected in (
         (linear(x, packed), plain),
@@ -82,7 +82,7 @@ def test_linear(text: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         (linear(x, packed, residual, 3.0), (plain + residual) * 3),
         (
             gated_linear(x, packed),
-            torch.nn.functional.gelu(plain[..., :10], approximate="tanh") * plain[..., 10:],
+            torch.nn.functional.gelu(plain[..., :100], approximate="tanh") * plain[..., 100:],
         ),
     ):
         assert output.dtype == dtype and output.shape == expected.shape
