@@ -1,82 +1,45 @@
 """The one way kernels are started: a binary of the bundle if it has one, else compiled here.
 
-    scale = Kernel(_scale, multiples_of_16=("columns",))
+    scale = Kernel(_scale, grid="cdiv(columns, BLOCK)", multiples_of_16=("columns",))
     scale.launch((rows,), out, x, columns, 0.5, constants={"BLOCK": 1024}, warps=4)
 
-A variant of a kernel is named by the types of its arguments, its constants, warps and stages.
-Integers are plain i32 and pointers are aligned to 16 bytes, in the bundle and when compiled here:
-both run the same program. Under `TRITON_INTERPRET=1` kernels run in Python, on the CPU.
-
 Where a variant comes from is looked up once for each device and kept:
+    "bundle"       a binary of the bundle, which `CONCLAVE_KERNELS` or `use_bundle` may name
+    "ptx"          the bundle's PTX, compiled by the driver of a card newer than the bundle
     "jit"          compiled by Triton now; `CONCLAVE_JIT=never` or `allow_jit(False)` forbids it
-    "interpreter"  Triton's interpreter
+    "interpreter"  Triton's interpreter, on the CPU too: `TRITON_INTERPRET=1`
 """
 
-import json
 import os
 import struct
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 
 from . import loader
-from .errors import KernelInputError, KernelMissing, LaunchError
-from .loader import Binary
-from .targets import ALL, Target, target_of
+from .errors import KernelInputError, KernelMissing
+from .loader import Binary, Bundle
+from .targets import target_of
+from .variant import ALIGNMENT, TYPES, Program, Variant, compile_variant
 
-ALIGNMENT = 16
-"""Bytes that every tensor's address must be a multiple of."""
+__all__ = ["Kernel", "Variant", "allow_jit", "jit_count", "launches", "use_bundle"]
+
 _NOTHING: Mapping[str, Any] = {}
-_DIVISIBLE = [["tt.divisibility", 16]]
-_TYPES: dict[Any, str] = {
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float32: "*fp32",
-    torch.float8_e4m3fn: "*fp8e4nv",
-    torch.float8_e5m2: "*fp8e5",
-    torch.uint8: "*u8",
-    torch.int8: "*i8",
-    torch.int16: "*i16",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    int: "i32",
-    float: "fp32",
-    None: "none",
-}
-"""Triton's names of what an argument can be; a None is a constant of the program."""
 
 
-class Kernel:
-    """A kernel of ours; `function` is what `@triton.jit` or `@gluon.jit` made of it."""
+class Kernel(Program):
+    """A kernel of ours, ready to be launched."""
 
-    def __init__(
-        self, function: Any, *, name: str | None = None, multiples_of_16: Sequence[str] = ()
-    ) -> None:
-        """`multiples_of_16` names the integers that the program may rely on to be such.
-
-        `name` is the function's by default, and must be unlike those of all other kernels.
-        """
-        self.function = function
-        self.name: str = name or function.__name__.lstrip("_")
-        self.parameters: list[str] = list(function.arg_names)
-        annotations = function.fn.__annotations__
-        self.constants = [n for n in self.parameters if "constexpr" in str(annotations.get(n))]
-        self.arguments = [n for n in self.parameters if n not in self.constants]
-        """The parameters that a launch passes, in order."""
-        assert set(multiples_of_16) <= set(self.arguments), self.name
-        self.multiples_of_16 = frozenset(multiples_of_16)
-        self._multiples = [self.arguments.index(each) for each in multiples_of_16]
+    def __init__(self, function: Any, **about: Any) -> None:
+        """As `Program`."""
+        super().__init__(function, **about)
+        self._multiples = [self.arguments.index(each) for each in self.multiples_of_16]
         self._interpreted = not isinstance(function, JITFunction)
 
     def launch(
@@ -121,8 +84,8 @@ class Kernel:
         key = (self, device, *kinds, warps, stages, *constants.items(), *options.items())
         loaded = _loaded.get(key)
         if loaded is None:
-            kept = [_TYPES.get(kind, str(kind)) for kind in kinds]
-            variant = Variant(self, tuple(kept), constants, warps, stages, options=options)
+            types = tuple(TYPES.get(kind, str(kind)) for kind in kinds)
+            variant = Variant(self, types, constants, warps, stages, options=options)
             loaded = _load_once(key, variant, device)
         x, y, z = (*grid, 1, 1)[:3]
         if x * y * z:
@@ -148,6 +111,8 @@ class Kernel:
     def _interpret(
         self, grid: Sequence[int], arguments: Sequence[Any], constants: Mapping[str, Any]
     ) -> None:
+        if len(arguments) != len(self.arguments):
+            self._refuse(arguments)
         given = dict(zip(self.arguments, arguments, strict=True))
         if any(given[name] % 16 for name in self.multiples_of_16):
             self._refuse(arguments)
@@ -156,104 +121,13 @@ class Kernel:
             self.function[tuple(grid)](**given, **constants)
 
 
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """One program to compile: a kernel with everything but the values of its arguments."""
-
-    kernel: Kernel
-    types: tuple[str, ...]
-    """Triton's types of the arguments: "*bf16", "*u8", "i32", "fp32"; "none" for a None."""
-    constants: Mapping[str, Any]
-    warps: int = 4
-    stages: int = 3
-    targets: tuple[Target, ...] = ALL
-    """What it is compiled for."""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """More of Triton's compile options; a vendor ignores those of others."""
-
-    def __post_init__(self) -> None:
-        kernel = self.kernel
-        if len(self.types) != len(kernel.arguments) or not set(self.types) <= {*_TYPES.values()}:
-            raise KernelInputError(f"{kernel.name} takes {kernel.arguments}, not {self.types}")
-        if set(self.constants) != set(kernel.constants):
-            raise KernelInputError(
-                f"{kernel.name} has the constants {kernel.constants}, not {list(self.constants)}"
-            )
-
-    @property
-    def key(self) -> str:
-        """Names the variant in a bundle; equal for equal programs."""
-        constants = ", ".join(f"{n}={_text(self.constants[n])}" for n in self.kernel.constants)
-        options = "".join(f", {n}={_text(v)}" for n, v in sorted(self.options.items()))
-        types = ", ".join(self.types)
-        end = f"warps={self.warps}, stages={self.stages}{options}"
-        return f"{self.kernel.name}({types})[{constants}]({end})"
-
-    def __str__(self) -> str:
-        return self.key
-
-
-def _text(value: Any) -> str:
-    """A constant, the same in every process."""
-    if value is None or isinstance(value, int | float | str):
-        return json.dumps(int(value) if isinstance(value, bool) else value)
-    if isinstance(value, tuple | list):
-        return f"({', '.join(map(_text, value))})"
-    if isinstance(value, tl.dtype) or is_dataclass(value):
-        return str(value)
-    raise KernelInputError(f"a kernel's constant cannot be a {type(value).__name__}")
-
-
-def compile_variant(variant: Variant, target: Target) -> tuple[Binary, str | None]:
-    """What Triton makes of a variant: the binary, and NVIDIA's PTX of it.
-
-    Raises `LaunchError` for a program that the target cannot run.
-    """
-    kernel = variant.kernel
-    places = {name: (place,) for place, name in enumerate(kernel.parameters)}
-    signature = dict.fromkeys(kernel.parameters, "constexpr")
-    constants = {places[name]: value for name, value in variant.constants.items()}
-    attributes = {}
-    for name, kind in zip(kernel.arguments, variant.types, strict=True):
-        if kind == "none":
-            constants[places[name]] = None
-            continue
-        signature[name] = kind
-        if kind.startswith("*") or name in kernel.multiples_of_16:
-            attributes[places[name]] = _DIVISIBLE
-    source = GluonASTSource if kernel.function.is_gluon() else ASTSource
-    compiled = triton.compile(
-        source(kernel.function, signature, constants, attributes),
-        target=GPUTarget(target.backend, target.architecture, target.warp_size),
-        options={"num_warps": variant.warps, "num_stages": variant.stages, **variant.options},
-    )
-    made = compiled.metadata
-    if made.num_ctas != 1 or getattr(made, "global_scratch_size", 0) or made.profile_scratch_size:
-        raise LaunchError(f"{variant} needs a cluster of blocks or scratch memory; we give neither")
-    if made.shared > target.shared_memory:
-        raise LaunchError(
-            f"{variant} needs {made.shared} bytes of shared memory; {target.name} has "
-            f"{target.shared_memory}"
-        )
-    binary = Binary(
-        image=compiled.kernel,
-        symbol=made.name,
-        threads=made.num_warps * target.warp_size,
-        shared=made.shared,
-        programmatic=getattr(made, "launch_pdl", False),
-        cooperative=made.launch_cooperative_grid,
-    )
-    return binary, compiled.asm.get("ptx")
-
-
 class _Loaded:
     """A variant on one device."""
 
     def __init__(self, variant: Variant, device: int, binary: Binary, source: str) -> None:
         self.kernel, self.source, self.launches = variant.kernel.name, source, 0
         self._device, self._driver = device, loader.driver()
-        types = [each for each in variant.types if each != "none"]
-        self._start = self._driver.load(device, binary, types)
+        self._start = self._driver.load(device, binary, variant.passed)
 
     def launch(self, x: int, y: int, z: int, values: Sequence[float]) -> None:
         """Puts it into the current stream; `values` are the arguments without Nones."""
@@ -269,12 +143,18 @@ class _Loaded:
 
 
 _loaded: dict[tuple[Any, ...], _Loaded] = {}
+_retired: list[_Loaded] = []
+"""Loaded from a bundle that is no longer in use."""
 _loading = threading.Lock()
 _interpreted: Counter[str] = Counter()
 _jit_allowed = os.environ.get("CONCLAVE_JIT", "") != "never"
+_bundle: Bundle | None = None
+_bundle_chosen = False
 
 
 def _load_once(key: tuple[Any, ...], variant: Variant, device: int) -> _Loaded:
+    if device < 0:
+        raise KernelInputError(f"{variant.kernel.name}: its tensors are not on a card")
     with _loading:
         if key not in _loaded:
             _loaded[key] = _load(variant, device)
@@ -282,12 +162,44 @@ def _load_once(key: tuple[Any, ...], variant: Variant, device: int) -> _Loaded:
 
 
 def _load(variant: Variant, device: int) -> _Loaded:
-    if device < 0:
-        raise KernelInputError(f"{variant.kernel.name}: its tensors are on the CPU")
-    target = target_of(device)
-    if not _jit_allowed:
-        raise KernelMissing(f"{variant} is not in the bundle; `make kernels` builds it")
-    return _Loaded(variant, device, compile_variant(variant, target)[0], "jit")
+    if not _bundle_chosen:
+        _choose_bundle(_default_bundle())
+    card = target_of(device)
+    try:
+        if _bundle is None:
+            raise KernelMissing(f"there is no bundle to take {variant} from")
+        return _Loaded(
+            variant, device, *_bundle.find(card, str(variant), variant.kernel.source_hash)
+        )
+    except KernelMissing as missing:
+        if not _jit_allowed:
+            raise KernelMissing(f"{missing}; `make kernels` builds it") from None
+    return _Loaded(variant, device, compile_variant(variant, card)[0], "jit")
+
+
+def _default_bundle() -> Path | None:
+    if "CONCLAVE_KERNELS" in os.environ:
+        named = os.environ["CONCLAVE_KERNELS"]
+        return Path(named) if named else None
+    return loader.PACKAGED if loader.PACKAGED.exists() else None
+
+
+def _choose_bundle(path: Path | None) -> None:
+    global _bundle, _bundle_chosen
+    _bundle = None if path is None else Bundle(path)
+    _bundle_chosen = True
+
+
+def use_bundle(path: Path | None) -> None:
+    """Takes kernels from this archive from now on, or from none; what is loaded is let go.
+
+    Before the first call it is the one that the environment's CONCLAVE_KERNELS names (none if that
+    is empty), else the one in this package. Raises `BundleError`.
+    """
+    with _loading:
+        _choose_bundle(path)
+        _retired.extend(_loaded.values())
+        _loaded.clear()
 
 
 def allow_jit(allowed: bool) -> None:
@@ -298,12 +210,12 @@ def allow_jit(allowed: bool) -> None:
 
 def jit_count() -> int:
     """How many variants this process has compiled, once for each device."""
-    return sum(each.source == "jit" for each in _loaded.values())
+    return sum(each.source == "jit" for each in (*_retired, *_loaded.values()))
 
 
 def launches() -> Counter[tuple[str, str]]:
     """How often each (kernel, source) was launched in this process; a graph's replays count not."""
     counts = Counter({(name, "interpreter"): n for name, n in _interpreted.items()})
-    for each in _loaded.values():
+    for each in (*_retired, *_loaded.values()):
         counts[each.kernel, each.source] += each.launches
     return counts

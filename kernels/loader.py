@@ -1,10 +1,15 @@
-"""Loads compiled kernels through the vendors' drivers and starts them, without Triton.
+"""Reads bundles of compiled kernels, and starts their kernels through the vendors' drivers.
+
+A bundle is a zip archive: `manifest.json` (format, versions, and the sha256 of each target's list),
+`<target>.json` (a list of `Entry`) and `binaries/<sha256>`. What is read is checked first.
 
 A kernel's parameters are its tensors (addresses), i32 and fp32 values, in the order of its source,
 then two addresses of scratch memory that Triton adds to every kernel; ours need none.
 """
 
 import ctypes
+import hashlib
+import json
 import struct
 import threading
 from collections.abc import Iterator, Sequence
@@ -13,11 +18,16 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
+from zipfile import ZipFile
 
 import torch
 
-from .errors import LaunchError
+from .errors import BundleError, KernelMissing, LaunchError
+from .targets import Target, binary_for, ptx_for
 
+PACKAGED = Path(__file__).with_name("bundle.zip")
+"""Where the bundle of an installed package is."""
+FORMAT = 1
 _STATIC_SHARED_MEMORY = 48 * 1024
 """Bytes that CUDA gives a block without being asked."""
 _PREFER_SHARED, _MAX_SHARED_BYTES, _RELAXED_CAPTURE = 1, 8, 2
@@ -44,6 +54,114 @@ class Binary:
     """NVIDIA: may start before the kernel ahead of it in the stream has ended, and waits itself."""
     cooperative: bool = False
     """All blocks are resident at once and may wait for one another."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a bundle says of one variant for one target."""
+
+    variant: str
+    """Its name, as `str(Variant)` makes it."""
+    kernel: str
+    source: str
+    """sha256 of the kernel's source; a program of another source is another program."""
+    arguments: list[tuple[str, str]]
+    """Name and Triton's type of each."""
+    scratch: int
+    """How many addresses of scratch memory come after the arguments; a launch passes nulls."""
+    constants: dict[str, str]
+    grid: str
+    """How many blocks to start, in the words of the kernel's author."""
+    warps: int
+    stages: int
+    options: dict[str, str]
+    symbol: str
+    threads: int
+    shared: int
+    programmatic: bool
+    cooperative: bool
+    registers: int
+    """Of a thread; on AMD vector registers."""
+    spilled: int
+    """Registers of a thread that did not fit and are kept in memory."""
+    stack: int
+    """Bytes of a thread's memory for them and for local arrays."""
+    binary: str
+    """sha256, which is its name in the archive too."""
+    ptx: str | None
+    """sha256 of the PTX for newer cards, where there is some."""
+
+
+class Bundle:
+    """An archive of compiled kernels, opened; raises `BundleError` naming the file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lists: dict[str, dict[str, Entry]] = {}
+        with self._reading():
+            self._archive = ZipFile(path)
+            self.manifest: dict[str, Any] = json.loads(self._archive.read("manifest.json"))
+            if self.manifest["format"] != FORMAT:
+                raise BundleError(
+                    f"{path} has format {self.manifest['format']}; this Conclave reads {FORMAT}"
+                )
+            self.targets: dict[str, str] = dict(self.manifest["targets"])
+            """The sha256 of each target's list."""
+
+    def entries(self, target: str) -> dict[str, Entry]:
+        """What there is for a target, by the variants' names."""
+        if target not in self._lists:
+            content = self._read(f"{target}.json", self.targets[target])
+            with self._reading():
+                listed = [Entry(**each) for each in json.loads(content)]
+            self._lists[target] = {each.variant: each for each in listed}
+        return self._lists[target]
+
+    def find(self, card: Target, variant: str, source: str) -> tuple[Binary, str]:
+        """A variant for a card, made from the given source; and "bundle", or "ptx" for plan B.
+
+        Raises `KernelMissing`.
+        """
+        target, kind = binary_for(card, self.targets), "bundle"
+        if target is None:
+            target, kind = ptx_for(card, self.targets), "ptx"
+        if target is None:
+            raise KernelMissing(f"{self.path} has nothing that {card.name} can run")
+        entry = self.entries(target).get(variant)
+        if entry is None:
+            raise KernelMissing(f"{self.path} has no {variant} for {target}")
+        if entry.source != source:
+            raise KernelMissing(f"{self.path} has {variant} of another source")
+        name = entry.binary if kind == "bundle" else entry.ptx
+        if name is None:
+            raise KernelMissing(f"{self.path} has no PTX of {variant}")
+        image = self._read(f"binaries/{name}", name)
+        return Binary(
+            image, entry.symbol, entry.threads, entry.shared, entry.programmatic, entry.cooperative
+        ), kind
+
+    def check(self) -> None:
+        """Reads all that the archive should have; raises `BundleError` at the first fault."""
+        for target in self.targets:
+            for entry in self.entries(target).values():
+                for name in filter(None, (entry.binary, entry.ptx)):
+                    self._read(f"binaries/{name}", name)
+
+    def _read(self, member: str, sha256: str) -> bytes:
+        with self._reading():
+            content = self._archive.read(member)
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise BundleError(f"{self.path}: {member} has been changed")
+        return content
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except BundleError:
+            raise
+        except Exception as error:  # zipfile and zlib meet broken bytes with a dozen kinds
+            raise BundleError(f"{self.path} is no whole bundle of kernels: {error!r}") from error
 
 
 class Launch(Protocol):
