@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROTOS := $(wildcard protos/*.proto)
 
-.PHONY: demo test check protos bench soak clean
+.PHONY: demo test check protos kernels bench soak clean
 
 demo: $(VENV)/runtime ## three CPU workers answer alone and as an ensemble, over gRPC
 	$(BIN)/conclave demo
@@ -22,6 +22,9 @@ check: $(VENV)/development ## style and types
 protos: $(VENV)/development ## regenerate the protobuf modules
 	$(BIN)/python -m grpc_tools.protoc -I.root --python_out=.root --pyi_out=.root \
 		--grpc_python_out=.root $(addprefix .root/conclave/,$(PROTOS))
+
+kernels: $(VENV)/development ## compile every GPU kernel for every card, into kernels/bundle.zip; needs no GPU
+	$(BIN)/python -m conclave.kernels.bundle
 
 bench: $(VENV)/development ## serving figures on this machine, into benchmarks/results
 	$(BIN)/python -m benchmarks.serving

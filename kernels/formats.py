@@ -81,6 +81,20 @@ class Format:
         return self.kept == SPAN
 
 
+SHIPPED = tuple(
+    map(
+        Format.parse,
+        (
+            *("4:16-int4-g64", "5:16-int4-g64", "6:16-int4-g64", "8:16-int4-g64"),
+            *("4:16-int4-g128", "5:16-int4-g128", "6:16-int4-g128", "8:16-int4-g128"),
+            *("5:16-int8-g64", "8:16-int8-g64", "5:16-bf16", "8:16-bf16"),
+            *("dense-int4-g32", "dense-int4-g64", "dense-int4-g128"),
+            *("dense-int8-g64", "dense-int8-g128"),
+        ),
+    )
+)
+"""Formats whose kernels come compiled; those of all others are compiled where they run."""
+
 Shape = tuple[int, ...]
 
 
@@ -116,6 +130,17 @@ def tensor_shapes(
     if format.group:
         shapes["scales"] = ((*stack, columns // format.group, width), torch.bfloat16)
     return shapes
+
+
+def tensor_types(format: Format) -> list[str]:
+    """Triton's types of the tensors that a kernel of the format takes, in their order.
+
+    Codes, positions (sparse formats; "none" of N:16 int4), scales ("none" of bf16).
+    """
+    triton = {torch.uint8: "*u8", torch.int8: "*i8", torch.int32: "*i32", torch.bfloat16: "*bf16"}
+    shapes = tensor_shapes(format, SPAN, 128)
+    names = ["codes", "scales"] if format.dense else ["codes", "positions", "scales"]
+    return [triton[shapes[name][1]] if name in shapes else "none" for name in names]
 
 
 def packed_bytes(format: Format, rows: int, columns: int, experts: int = 1) -> int:
