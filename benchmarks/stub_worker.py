@@ -23,6 +23,7 @@ import secrets
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import closing
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -38,6 +39,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from conclave.protos import generation_pb2 as pb
 from conclave.protos import worker_pb2, worker_pb2_grpc
 
+from .exact_sleep import ExactSleep
 from .stub_machine import (
     MAX_CONTEXT,
     MAX_OUTPUTS,
@@ -58,6 +60,37 @@ LATE_SECONDS = 0.1
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
+class Clock:
+    """When the steps of a simulated machine end.
+
+    The loop's sleep ends late, by a millisecond and more on a busy machine, which no real step
+    does: what one step has taken too long is deducted from the next one. The same for all that is
+    stepped, by the worker itself or from outside.
+    """
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._late = 0.0
+        self._sleep = ExactSleep()
+
+    def begin(self) -> None:
+        """A step begins now, and not with the end of the last one."""
+        self._began = time.monotonic()
+
+    def close(self) -> None:
+        """Give the timer back."""
+        self._sleep.close()
+
+    async def step(self, seconds: float) -> float:
+        """Until the end of the present step, with which the next one begins; returns what it took
+        in truth."""
+        due = self._began + seconds - self._late
+        await self._sleep.until(due)
+        began, self._began = self._began, time.monotonic()
+        self._late = min(self._began - due, LATE_SECONDS)
+        return self._began - began
+
+
 class StubWorker(worker_pb2_grpc.WorkerServiceServicer):
     """One scripted worker; `run` keeps its machine going."""
 
@@ -76,17 +109,16 @@ class StubWorker(worker_pb2_grpc.WorkerServiceServicer):
 
     async def run(self) -> None:
         """Steps for ever, on time."""
-        due = 0.0
+        clock = Clock()
         while True:
             if self.machine.idle or self.stalled:
                 self._wake.clear()
                 await self._wake.wait()
-                due = time.monotonic()
+                clock.begin()
                 if not self.stalled:
-                    self._last_step = due
+                    self._last_step = time.monotonic()
                 continue
-            due = max(due + self.machine.step_seconds, time.monotonic() - LATE_SECONDS)
-            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            await clock.step(self.machine.step_seconds)
             if not self.stalled:
                 self._last_step = time.monotonic()
                 self.machine.step(self._last_step)
@@ -213,17 +245,18 @@ class StubWorker(worker_pb2_grpc.WorkerServiceServicer):
         finally:
             self._talks.discard(talk)
 
-    async def Step(self, requests: Any, context: Any) -> AsyncIterator[worker_pb2.StepResponse]:
+    async def Step(self, requests: Any, context: Any) -> None:
         stepper: _Stepper | None = None
-        async for request in requests:
-            began = time.perf_counter()
-            await _pause(self.machine.step_seconds)
-            self._step_times.append(time.perf_counter() - began)
-            if stepper is None:
-                stepper = _Stepper(request.open, self.settings)
-                yield stepper.opened()
-            else:
-                yield stepper.take(list(request.take.ids), request.take.generate)
+        with closing(Clock()) as clock:
+            while (request := await context.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
+                clock.begin()
+                if stepper is None:
+                    stepper = _Stepper(request.open, self.settings)
+                    response = stepper.opened()
+                else:
+                    response = stepper.take(list(request.take.ids), request.take.generate)
+                self._step_times.append(await clock.step(self.machine.step_seconds))
+                await context.write(response)
 
     async def GetLoad(self, request: Any, context: Any) -> worker_pb2.GetLoadResponse:
         return self.load()
@@ -415,11 +448,6 @@ class _Stepper:
             response.ids.append((first + rank) % VOCABULARY)
             response.logprobs.append(-math.log(2) * (rank + 1))
         return response
-
-
-async def _pause(seconds: float) -> None:
-    """As exactly as a real step ends; the loop's own timers are a millisecond coarse."""
-    await asyncio.get_running_loop().run_in_executor(None, time.sleep, seconds)
 
 
 def scores(request: pb.ScoreRequest, settings: Settings) -> pb.ScoreResponse:

@@ -117,7 +117,8 @@ def choose(
     """
     banned = frozenset(banned) & fused.mixed.keys()
     if rules.temperature == 0 and rules.free and not banned:
-        return max(fused.mixed, key=lambda token: (fused.mixed[token], -token))
+        most = max(fused.mixed.values())
+        return min(token for token, value in fused.mixed.items() if value == most)
     scores = _adjusted(fused, rules, counts, banned)
     if rules.temperature == 0:
         return fused.ids[max(range(len(scores)), key=scores.__getitem__)]

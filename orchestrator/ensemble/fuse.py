@@ -29,7 +29,9 @@ class _Fuse:
         self._timeout = timeout
         self._told = 0
         """Tokens of which the caller has been told."""
-        self._votes: list[list[TokenVote]] = []
+        self._ballots: list[dict[int, Told]] = []
+        """The members' distributions that each token was chosen from, until it is told."""
+        self._cast = 0
         self._fused: list[tuple[Fused, int] | None] = []
         """What each token was chosen from, if the caller asked for log-probabilities."""
         self._heard: dict[int, Told] = {}
@@ -40,8 +42,7 @@ class _Fuse:
     @property
     def agreement(self) -> float | None:
         """The fraction of votes that would have chosen the same token."""
-        cast = sum(len(votes) for votes in self._votes)
-        return self._agreed / cast if cast else None
+        return self._agreed / self._cast if self._cast else None
 
     def begin(self) -> list[Command]:
         members = range(self._view.width)
@@ -73,7 +74,8 @@ class _Fuse:
         """Tell the caller of tokens that a member is the first to have taken."""
         commands: list[Command] = []
         for record in first_new(step, self._told):
-            token = Token(id=record.id, text=record.text, votes=self._votes[self._told])
+            votes = self._vote(self._told, record.id)
+            token = Token(id=record.id, text=record.text, votes=votes)
             self._describe(token)
             self._fused[self._told] = None
             self._told += 1
@@ -107,13 +109,13 @@ class _Fuse:
     def _next(self) -> list[Command]:
         """Choose a token and give it to everybody who is here."""
         here = [n for n, s in enumerate(self.all.members) if self._is_here(s.step)]
-        told = [self._heard[number] for number in here]
-        fused = combine(told, self._product)
+        ballots = {number: self._heard[number] for number in here}
+        fused = combine(tuple(ballots.values()), self._product)
         assert self.all.sampling is not None
         rules = rules_of(self.all.sampling)
         banned = self.all.banned(self.all.stops)
         chosen = choose(fused, rules, len(self.all.tokens), self.all.counts, banned)
-        self._vote(here, told, chosen)
+        self._ballots.append(ballots)
         asked = self.all.sampling.HasField("logprobs")
         self._fused.append((fused, chosen) if asked else None)
         self.all.add(chosen)
@@ -127,15 +129,18 @@ class _Fuse:
         told = Told(step.ids, step.logprobs, stepper.vocabulary, stepper.weight)
         self._heard[step.member] = told
 
-    def _vote(self, here: Sequence[int], told: Sequence[Told], chosen: int) -> None:
+    def _vote(self, index: int, chosen: int) -> list[TokenVote]:
+        """What the members had said of a token; asked for while they make the next one."""
         votes = []
-        for number, each in zip(here, told, strict=True):
-            agreed = each.favourite == chosen
+        for number, told in self._ballots[index].items():
+            agreed = told.favourite == chosen
             self.all.members[number].dissents += not agreed
             self._agreed += agreed
-            logprob = each.logprob(chosen)
+            self._cast += 1
+            logprob = told.logprob(chosen)
             votes.append(TokenVote(member=number, logprob=logprob, agreed=agreed))
-        self._votes.append(votes)
+        self._ballots[index] = {}
+        return votes
 
     def _give(self, members: Sequence[int]) -> list[Command]:
         commands: list[Command] = []

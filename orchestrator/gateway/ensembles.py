@@ -16,7 +16,6 @@ from ...protos.generation_pb2 import (
     Finished,
     GenerateRequest,
     GenerateResponse,
-    Prompt,
     ScoreRequest,
     Timings,
     TokenIds,
@@ -51,7 +50,7 @@ from .admission import Ask as Admitted
 from .allowance import Allowance
 from .dispatch import Dispatcher
 from .member_call import MemberCall
-from .opening import size
+from .opening import most_prompt_tokens, size
 from .relay import Write
 
 NO_ROOM = "the ensemble's cap on tokens or cost leaves no room for this call"
@@ -89,7 +88,7 @@ class EnsembleRun:
         self.seats = seats
         self.request = request
         self.ask = ask
-        self.replies: asyncio.Queue[Reply] = asyncio.Queue()
+        self._replies: asyncio.Queue[Reply] = asyncio.Queue()
         self.calls: dict[int, MemberCall] = {}
         self.allowance = _allowance(spec)
         self.begun = False
@@ -137,6 +136,10 @@ class EnsembleRun:
                 await self.do(command)
             return verdict
 
+    def reply(self, reply: Reply) -> None:
+        """Something has come of a command; the strategy hears of it in its turn."""
+        self._replies.put_nowait(reply)
+
     async def do(self, command: Command) -> None:
         """Carry a command out."""
         match command:
@@ -148,7 +151,7 @@ class EnsembleRun:
             case Drop():
                 self._drop(command.call, "another one was chosen")
             case Alarm():
-                self._arm(command)
+                self.arm(command)
             case Disarm():
                 alarm = self._alarms.pop(command.name, None)
                 if alarm is not None:
@@ -176,7 +179,7 @@ class EnsembleRun:
 
     async def _next_reply(self) -> Reply:
         """The next reply; what has ended meanwhile is reported to the caller first."""
-        reply = await self.replies.get()
+        reply = await self._replies.get()
         if self._whole is None:
             while self._reports:
                 call = self._reports.pop(0)
@@ -209,7 +212,7 @@ class EnsembleRun:
                 reason, state = str(error), ensemble_pb2.MEMBER_STATE_FAILED
                 reply = Broke(number, error)
             self._end(call, state, reason)
-            self.replies.put_nowait(reply)
+            self.reply(reply)
 
         self._tasks[number] = asyncio.create_task(carry(), name=f"member {call.member}")
 
@@ -236,7 +239,7 @@ class EnsembleRun:
                 raise Failure.of_event(event.failed.error)
             call.hear(event)
             if command.live and event.HasField("delta"):
-                self.replies.put_nowait(Heard(command.call, event))
+                self.reply(Heard(command.call, event))
 
         ask = size(request, self.member_ask(command.member))
         await self.dispatcher.stream(ask, request, heard)
@@ -307,14 +310,15 @@ class EnsembleRun:
             raise Unavailable(NO_ROOM)
         call.reserved = needed + 1
 
-    def _arm(self, alarm: Alarm) -> None:
+    def arm(self, alarm: Alarm) -> None:
+        """Set an alarm, in place of the one of the same name."""
         old = self._alarms.pop(alarm.name, None)
         if old is not None:
             old.cancel()
 
         def ring() -> None:
             hedging = self.spec.strategy == "hedge"
-            self.replies.put_nowait(Rang(alarm.name, not hedging or self._hedges.spend(alarm.keep)))
+            self.reply(Rang(alarm.name, not hedging or self._hedges.spend(alarm.keep)))
 
         loop = asyncio.get_running_loop()
         self._alarms[alarm.name] = loop.call_later(alarm.seconds, ring)
@@ -387,13 +391,6 @@ def _allowance(spec: Spec) -> Allowance:
         float(message.max_total_tokens) if message.HasField("max_total_tokens") else None,
         message.max_cost if message.HasField("max_cost") else None,
     )
-
-
-def most_prompt_tokens(prompt: Prompt) -> int:
-    """No tokenizer makes more of the prompt, special tokens and template included."""
-    if prompt.WhichOneof("input") == "token_ids":
-        return len(prompt.token_ids.ids)
-    return prompt.ByteSize() + 16
 
 
 def _delta(answer: Answer) -> GenerateResponse:

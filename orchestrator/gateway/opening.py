@@ -62,6 +62,13 @@ def size(request: GenerateRequest | ScoreRequest, ask: Ask) -> Ask:
     return ask
 
 
+def most_prompt_tokens(prompt: Prompt) -> int:
+    """No tokenizer makes more of the prompt, special tokens and template included."""
+    if prompt.WhichOneof("input") == "token_ids":
+        return len(prompt.token_ids.ids)
+    return prompt.ByteSize() + 16
+
+
 def selector_of(message: ensemble_pb2.WorkerSelector) -> Selector:
     """A selector from its message."""
     return Selector(frozenset(message.names), message.model, dict(message.labels))

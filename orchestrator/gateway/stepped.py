@@ -5,20 +5,36 @@ request is under way on each line.
 """
 
 import asyncio
+from collections import deque
 from dataclasses import dataclass
 
 from ...protos import ensemble_pb2
 from ...protos.generation_pb2 import Delta, GenerateRequest, GenerateResponse, Token
 from ...protos.worker_pb2 import StepOpen, StepRequest, StepResponse, StepTake
 from ...worker.errors import ConclaveError, Unavailable
-from ..ensemble.calls import Command, Lost, Open, Shut, Stepped, Take, Tell, Verdict
+from ..ensemble.calls import (
+    Alarm,
+    Command,
+    Lost,
+    Open,
+    Reply,
+    Shut,
+    Stepped,
+    Strategy,
+    Take,
+    Tell,
+    Verdict,
+)
 from ..lines.step_line import StepLine
 from ..routing.registry import Worker
 from ..status import Failure
 from .admission import Ask as Admitted
-from .ensembles import NO_ROOM, EnsembleRun, most_prompt_tokens
+from .ensembles import NO_ROOM, EnsembleRun
 from .member_call import MemberCall
-from .opening import size
+from .opening import most_prompt_tokens, size
+
+TELL_SECONDS = 0.002
+"""How long a token may be kept until the members have been given it, who come first."""
 
 
 @dataclass(slots=True)
@@ -37,32 +53,78 @@ class SteppedRun(EnsembleRun):
     _opening: dict[int, asyncio.Task[None]]
     _untold: list[Token]
     _telling: asyncio.Task[None] | None
+    _tells_at: asyncio.TimerHandle | None
+    _gave: bool
+    """Whether the strategy's last word gave a member something to do."""
+    _strategy: Strategy
+    _verdict: asyncio.Future[Verdict]
+    _arrived: deque[Reply]
+    _advancing: bool
 
-    async def do(self, command: Command) -> None:
-        """Carry a command out."""
+    async def _follow(self, strategy: Strategy) -> Verdict:
+        self._strategy, self._verdict = strategy, asyncio.get_running_loop().create_future()
+        self._advance(None)
+        verdict = await self._verdict
+        for command in verdict.last:
+            self._carry_out(command)
+        return verdict
+
+    def reply(self, reply: Reply) -> None:
+        """The strategy hears of it at once: a queue and a task's turn would cost every token."""
+        self._arrived.append(reply)
+        if not self._advancing and not self._verdict.done():
+            self._advance(self._arrived.popleft())
+
+    def _advance(self, reply: Reply | None) -> None:
+        """Carry out what follows from a reply, None at the start, and from those it brings."""
+        self._advancing = True
+        try:
+            while True:
+                self._gave = False
+                for command in self._strategy.send(reply):  # type: ignore[arg-type]
+                    self._carry_out(command)
+                if self._gave and self._untold:
+                    self._start_telling()
+                if not self._arrived:
+                    return
+                reply = self._arrived.popleft()
+        except StopIteration as stop:
+            self._verdict.set_result(stop.value)
+        except Exception as error:
+            self._verdict.set_exception(error)
+        finally:
+            self._advancing = False
+
+    def _carry_out(self, command: Command) -> None:
         match command:
             case Open():
                 self._begin(command)
+            case Alarm():
+                self.arm(command)
             case Take():
                 lease = self._leases.get(command.member)
                 if lease is not None:
                     take = StepTake(ids=command.ids, generate=command.generate)
                     lease.line.send(StepRequest(take=take))
+                    self._gave = True
             case Shut():
                 self._give_back(command.member, None)
                 state = ensemble_pb2.MEMBER_STATE_LEFT_BEHIND
                 self.calls[command.member].end(state, command.reason)
             case Tell():
                 self._untold.append(command.token)
-                if self._telling is None:
-                    self._telling = asyncio.create_task(self._tell(), name="telling")
+                if self._telling is None and self._tells_at is None:
+                    loop = asyncio.get_running_loop()
+                    self._tells_at = loop.call_later(TELL_SECONDS, self._start_telling)
             case _:
-                await super().do(command)
+                raise AssertionError(f"{command} is not for stepped runs")
 
     def prepare(self) -> None:
         """Take the whole answer's share of the caps, before anything is asked."""
         self._leases, self._opening = {}, {}
-        self._untold, self._telling = [], None
+        self._untold, self._telling, self._tells_at = [], None, None
+        self._gave = False
+        self._arrived, self._advancing = deque(), False
         if self.allowance.unlimited:
             return
         sampling, width = self.request.sampling, len(self.seats)
@@ -74,8 +136,15 @@ class SteppedRun(EnsembleRun):
             raise Unavailable(NO_ROOM)
         sampling.max_tokens = granted // width
 
+    def _start_telling(self) -> None:
+        if self._tells_at is not None:
+            self._tells_at.cancel()
+            self._tells_at = None
+        if self._telling is None:
+            self._telling = asyncio.create_task(self._tell(), name="telling")
+
     async def _tell(self) -> None:
-        """Writes beside the steps: the next token does not wait until the caller has this one."""
+        """Writes while the members make the next token, which does not wait for the caller."""
         while self._untold:
             tokens, self._untold = self._untold, []
             await self.say(GenerateResponse(delta=Delta(tokens=tokens)))
@@ -137,7 +206,7 @@ class SteppedRun(EnsembleRun):
             call.prompt_tokens += len(opened.prompt_ids)
             call.state = ensemble_pb2.MEMBER_STATE_ASKED
         call.completion_tokens = response.position
-        self.replies.put_nowait(
+        self.reply(
             Stepped(
                 member,
                 response.position,
@@ -157,7 +226,7 @@ class SteppedRun(EnsembleRun):
         call = self.calls[member]
         call.error = error
         call.end(ensemble_pb2.MEMBER_STATE_FAILED, str(error))
-        self.replies.put_nowait(Lost(member, error))
+        self.reply(Lost(member, error))
 
     def _give_back(self, member: int, failure: Failure | None) -> None:
         lease = self._leases.pop(member, None)
@@ -168,12 +237,16 @@ class SteppedRun(EnsembleRun):
         for call in self.calls.values():
             if call.state == ensemble_pb2.MEMBER_STATE_ASKED:
                 call.end(ensemble_pb2.MEMBER_STATE_ANSWERED)
+        if self._untold:
+            self._start_telling()
         if self._telling is not None:
             await self._telling
         await super()._finish(verdict)
 
     def _stop(self) -> None:
         super()._stop()
+        if self._tells_at is not None:
+            self._tells_at.cancel()
         if self._telling is not None:
             self._telling.cancel()
         for task in self._opening.values():
