@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="print only; write no result")
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="soak"))
+    folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     ledgers: dict[str, list[Entry]] = {}
     for name in [options.arena] if options.arena else ARENAS:
