@@ -21,10 +21,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .errors import KernelInputError
-from .formats import SHIPPED, Format, PackedWeight, tensor_types
+from .formats import SHIPPED, TILE, Format, PackedWeight, tensor_types
 from .launch import Kernel, Variant
 
 ROWS, COLUMNS, WARPS = 64, 128, 4
+_TILE = tl.constexpr(TILE)
 ONE = 0x3F800000
 """The bits of 1.0 in float32."""
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -47,7 +48,7 @@ def _nibbles(words, one):
 
 
 @triton.jit
-def _write(output, values, scales, rows, columns, stride, GROUP: tl.constexpr):
+def _write(output, values, scales, rows, columns, tiles, GROUP: tl.constexpr):
     """Scales and stores the tile `values` [ROWS, COLUMNS] of this program."""
     ROWS: tl.constexpr = values.shape[0]
     COLUMNS: tl.constexpr = values.shape[1]
@@ -56,10 +57,10 @@ def _write(output, values, scales, rows, columns, stride, GROUP: tl.constexpr):
     expert = tl.program_id(2).to(tl.int64)
     if GROUP:
         span = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS // 16) * 16
-        place = scales + expert * (columns // GROUP) * stride
-        place = place + (span // GROUP)[None, :] * stride + row[:, None]
-        fits = (row[:, None] < stride) & (span[None, :] < columns)
-        scale = tl.load(place, mask=fits, other=0.0).to(tl.float32)
+        tile = expert * tiles + tl.program_id(1) * ROWS // _TILE
+        place = scales + tile * (columns // GROUP) * _TILE
+        place = place + (span // GROUP)[None, :] * _TILE + (row % _TILE)[:, None]
+        scale = tl.load(place, mask=span[None, :] < columns, other=0.0).to(tl.float32)
         spans = tl.reshape(values, [ROWS, COLUMNS // 16, 16]) * scale[:, :, None]
         values = tl.reshape(spans, [ROWS, COLUMNS])
     start = (expert * rows + tl.program_id(1) * ROWS) * columns
@@ -76,7 +77,7 @@ def _expand_sparse(
     scales,
     rows,
     columns,
-    stride,
+    tiles,
     one,
     KEPT: tl.constexpr,
     BITS: tl.constexpr,
@@ -89,21 +90,22 @@ def _expand_sparse(
     PAIRS: tl.constexpr = (KEPT + 1) // 2
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     span = tl.program_id(0) * SPANS + tl.arange(0, SPANS)
-    first = tl.program_id(2).to(tl.int64) * (columns // 16)
-    fits = (row[:, None] < stride) & (span[None, :] * 16 < columns)
-    codes += first * KEPT * stride + span[None, :] * KEPT * stride + row[:, None]
+    tile = tl.program_id(2).to(tl.int64) * tiles + tl.program_id(1) * ROWS // _TILE
+    at = tile * (columns // 16) + span[None, :]
+    fits = span[None, :] * 16 < columns
+    codes += at * KEPT * _TILE + row[:, None] % _TILE
     if BITS != 4:
-        positions += first * PAIRS * stride + span[None, :] * PAIRS * stride + row[:, None]
+        positions += at * PAIRS * _TILE + row[:, None] % _TILE
     zero = tl.zeros([ROWS, SPANS], tl.int64)
     word, word1, word2, word3 = zero, zero, zero, zero
     for slot in tl.static_range(KEPT):
-        code = tl.load(codes + slot * stride, mask=fits, other=0)
+        code = tl.load(codes + slot * _TILE, mask=fits, other=0)
         if BITS == 4:
             place = code.to(tl.int32) & 15
             value = (code.to(tl.int32) >> 4).to(tl.int64)
         else:
             if slot % 2 == 0:
-                pair = tl.load(positions + slot // 2 * stride, mask=fits, other=0).to(tl.int32)
+                pair = tl.load(positions + slot // 2 * _TILE, mask=fits, other=0).to(tl.int32)
             place = (pair >> (slot % 2 * 4)) & 15
             if BITS == 8:
                 value = code.to(tl.int64) & 0xFF
@@ -135,7 +137,7 @@ def _expand_sparse(
         else:
             values = cells.to(tl.int16).to(tl.bfloat16, bitcast=True).to(tl.float32)
     values = tl.reshape(values, [ROWS, COLUMNS])
-    _write(output, values, scales, rows, columns, stride, GROUP)
+    _write(output, values, scales, rows, columns, tiles, GROUP)
 
 
 @triton.jit
@@ -145,7 +147,7 @@ def _expand_dense(
     scales,
     rows,
     columns,
-    stride,
+    tiles,
     one,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -155,19 +157,20 @@ def _expand_dense(
     EACH: tl.constexpr = 8 if BITS == 4 else 1
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     line = tl.program_id(0) * (COLUMNS // EACH) + tl.arange(0, COLUMNS // EACH)
-    first = tl.program_id(2).to(tl.int64) * (columns // EACH)
-    fits = (row[:, None] < stride) & (line[None, :] * EACH < columns)
-    code = tl.load(codes + first * stride + line[None, :] * stride + row[:, None], fits, other=0)
+    tile = tl.program_id(2).to(tl.int64) * tiles + tl.program_id(1) * ROWS // _TILE
+    place = (tile * (columns // EACH) + line[None, :]) * _TILE + row[:, None] % _TILE
+    fits = line[None, :] * EACH < columns
+    code = tl.load(codes + place, fits, other=0)
     if BITS == 4:
         values = tl.reshape(_nibbles(code, one), [ROWS, COLUMNS])
     else:
         values = code.to(tl.float32)
-    _write(output, values, scales, rows, columns, stride, GROUP)
+    _write(output, values, scales, rows, columns, tiles, GROUP)
 
 
 _GRID = "cdiv(columns, COLUMNS), cdiv(rows, ROWS), experts"
-_sparse = Kernel(_expand_sparse, grid=_GRID, multiples_of_16=("columns", "stride"))
-_dense = Kernel(_expand_dense, grid=_GRID, multiples_of_16=("columns", "stride"))
+_sparse = Kernel(_expand_sparse, grid=_GRID, multiples_of_16=("columns",))
+_dense = Kernel(_expand_dense, grid=_GRID, multiples_of_16=("columns",))
 
 
 def _plan(format: Format) -> tuple[Kernel, dict[str, int]]:
@@ -208,6 +211,6 @@ def expand(
     if not weight.format.dense:
         tensors.insert(1, weight.positions)
     grid = (-(-weight.columns // COLUMNS), -(-weight.rows // ROWS), weight.experts or 1)
-    sizes = (weight.rows, weight.columns, weight.padded_rows, ONE)
+    sizes = (weight.rows, weight.columns, weight.tiles, ONE)
     kernel.launch(grid, out, *tensors, *sizes, constants=constants, warps=WARPS)
     return out

@@ -2,21 +2,24 @@
 
 A weight [R rows out, K columns in] is cut into groups of 16 columns. A sparse format N:16 keeps N
 of each 16; a dense one keeps all. Kept values are codes: weight = code * scale, with one bfloat16
-scale for `group` columns of a row. All tensors have the rows last, so that 32 lanes with a row each
-read adjacent bytes; R' is R rounded up to a multiple of 16, and the rows between are zero. Stacked
-weights (the experts of a mixture) have one leading dimension E on every tensor.
+scale for `group` columns of a row. Rows come in tiles of 128: a tile of every tensor is contiguous,
+and in it rows are last, so that 32 lanes with four rows each read 128 adjacent bytes of a slot, and
+the next slot is at a distance that the compiler knows. R' is R rounded up to whole tiles; the rows
+between are zero. Stacked weights (experts) have one leading dimension E on every tensor. With T for
+R'/128:
 
-| format     | codes                   | positions                    | scales                 |
-| ---------- | ----------------------- | ---------------------------- | ---------------------- |
-| N:16 int4  | uint8 [K/16, N, R'] (1) |                              | bfloat16 [K/group, R'] |
-| N:16 int8  | int8 [K/16, N, R']      | uint8 [K/16, N/2 up, R'] (2) | bfloat16 [K/group, R'] |
-| N:16 bf16  | bfloat16 [K/16, N, R']  | uint8 [K/16, N/2 up, R'] (2) |                        |
-| dense int4 | int32 [K/8, R'] (3)     |                              | bfloat16 [K/group, R'] |
-| dense int8 | int8 [K, R']            |                              | bfloat16 [K/group, R'] |
+| format     | codes                       | positions                        | scales         |
+| ---------- | --------------------------- | -------------------------------- | -------------- |
+| N:16 int4  | uint8 [T, K/16, N, 128] (1) |                                  | bfloat16 (4)   |
+| N:16 int8  | int8 [T, K/16, N, 128]      | uint8 [T, K/16, N/2 up, 128] (2) | bfloat16 (4)   |
+| N:16 bf16  | bfloat16 [T, K/16, N, 128]  | uint8 [T, K/16, N/2 up, 128] (2) |                |
+| dense int4 | int32 [T, K/8, 128] (3)     |                                  | bfloat16 (4)   |
+| dense int8 | int8 [T, K, 128]            |                                  | bfloat16 (4)   |
 
 (1) One byte a survivor: signed value (-8..7) in the high nibble, position (0..15) in the low one.
 (2) N/2 rounded up: survivor 2i in the low nibble, 2i + 1 in the high one, one too many is zero.
 (3) Bits 4i to 4i + 3 of word j hold value + 8 of column 8j + i.
+(4) [T, K/group, 128].
 
 The positions of a group are distinct and ascend. A group with fewer than N survivors fills its
 slots with the value zero at the lowest free positions, so the bytes follow from values and map.
@@ -32,7 +35,9 @@ from torch import Tensor
 from .errors import LayoutError
 
 SPAN = 16
-"""Columns that N survivors are chosen from; rows are padded to a multiple of it too."""
+"""Columns that N survivors are chosen from."""
+TILE = 128
+"""Rows that lie together."""
 
 _FORMAT = re.compile(r"(?:(\d+):16|dense)-(?:int(\d+)-g(\d+)|bf16)")
 
@@ -100,7 +105,7 @@ Shape = tuple[int, ...]
 
 def padded(rows: int) -> int:
     """R', the rows that are stored."""
-    return -(-rows // SPAN) * SPAN
+    return -(-rows // TILE) * TILE
 
 
 def tensor_shapes(
@@ -115,20 +120,20 @@ def tensor_shapes(
             f"{columns} columns are no multiple of {step}, which {format} needs; "
             "choose a smaller group, or keep the weight as it is"
         )
-    groups, width = columns // SPAN, padded(rows)
-    stack = () if experts is None else (experts,)
+    groups = columns // SPAN
+    stack = (padded(rows) // TILE,) if experts is None else (experts, padded(rows) // TILE)
     shapes: dict[str, tuple[Shape, torch.dtype]] = {}
     if format.dense and format.bits == 4:
-        shapes["codes"] = ((*stack, columns // 8, width), torch.int32)
+        shapes["codes"] = ((*stack, columns // 8, TILE), torch.int32)
     elif format.dense:
-        shapes["codes"] = ((*stack, columns, width), torch.int8)
+        shapes["codes"] = ((*stack, columns, TILE), torch.int8)
     else:
         dtype = {4: torch.uint8, 8: torch.int8, 16: torch.bfloat16}[format.bits]
-        shapes["codes"] = ((*stack, groups, format.kept, width), dtype)
+        shapes["codes"] = ((*stack, groups, format.kept, TILE), dtype)
         if format.bits > 4:
-            shapes["positions"] = ((*stack, groups, (format.kept + 1) // 2, width), torch.uint8)
+            shapes["positions"] = ((*stack, groups, (format.kept + 1) // 2, TILE), torch.uint8)
     if format.group:
-        shapes["scales"] = ((*stack, columns // format.group, width), torch.bfloat16)
+        shapes["scales"] = ((*stack, columns // format.group, TILE), torch.bfloat16)
     return shapes
 
 
@@ -163,13 +168,13 @@ class PackedWeight:
     @property
     def experts(self) -> int | None:
         """E, or None of a weight that is not stacked."""
-        single = 2 if self.format.dense else 3
+        single = 3 if self.format.dense else 4
         return self.codes.shape[0] if self.codes.dim() > single else None
 
     @property
-    def padded_rows(self) -> int:
-        """R', which is also the stride of everything before the rows."""
-        return self.codes.shape[-1]
+    def tiles(self) -> int:
+        """T, of each expert."""
+        return self.codes.shape[0 if self.experts is None else 1]
 
     @property
     def device(self) -> torch.device:

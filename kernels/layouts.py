@@ -11,7 +11,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import LayoutError
-from .formats import SPAN, Format, PackedWeight, Shape, from_tensors, packed_bytes, tensor_shapes
+from .formats import (
+    SPAN,
+    TILE,
+    Format,
+    PackedWeight,
+    Shape,
+    from_tensors,
+    packed_bytes,
+    tensor_shapes,
+)
 
 __all__ = ["Format", "PackedWeight", "mask_of", "pack", "packed_bytes", "unpack", "validate"]
 
@@ -25,7 +34,7 @@ def pack(
     """`weight` [R, K] or [E, R, K] (floating) in `format`, on the weight's device.
 
     `mask` (bool, the weight's shape) tells which weights survive, at most `kept` of each 16;
-    without it the largest magnitudes do. `scales` [E?, K/group, R] or with padded rows R' are
+    without it the largest magnitudes do. `scales` [E?, K/group, R], or as they are stored, are
     rounded to bfloat16; without them each is the better of absmax/limit and absmax/(limit + 1) by
     squared error. Packing what `unpack` gives, with its `mask_of` and its scales, gives the same
     bytes. LayoutError if something does not fit.
@@ -54,9 +63,10 @@ def pack(
         if not bool(block.isfinite().all()):
             raise LayoutError(f"rows {first} to {last} of the weight hold NaN or infinity")
         survivors = None if mask is None else _rows_of(mask[index], first, last)
-        given = None if scales is None else scales[index][..., first:last].to(weight.device)
+        tiles = slice(first // TILE, last // TILE)
+        given = None if scales is None else _flat(scales[index][tiles]).to(weight.device)
         for name, values in _pack_block(block, format, survivors, given).items():
-            tensors[name][index][..., first:last] = values
+            tensors[name][index][tiles] = _tiled(values)
     return packed
 
 
@@ -113,8 +123,9 @@ def _padded_scales(
         raise LayoutError(f"{format} has no scales; leave them out")
     wanted, dtype = shapes["scales"]
     stored = scales.to(dtype)
-    if tuple(scales.shape) == (*wanted[:-1], rows):
-        stored = F.pad(stored, (0, wanted[-1] - rows))
+    *stack, tiles, groups, width = wanted
+    if tuple(scales.shape) == (*stack, groups, rows):
+        stored = _tiled(F.pad(stored, (0, tiles * width - rows))).movedim(0, len(stack))
     if tuple(stored.shape) != wanted:
         raise LayoutError(f"the scales are {tuple(scales.shape)}; they must be {wanted}")
     _check_scales(stored)
@@ -123,10 +134,21 @@ def _padded_scales(
 
 def _blocks(packed: PackedWeight) -> Iterator[tuple[int, int, int]]:
     """(expert, first row, last row + 1) of all padded rows, in blocks of a bounded size."""
-    step = max(SPAN, BLOCK_WEIGHTS // packed.columns // SPAN * SPAN)
+    step = max(TILE, BLOCK_WEIGHTS // packed.columns // TILE * TILE)
+    end = packed.tiles * TILE
     for part in range(packed.experts or 1):
-        for first in range(0, packed.padded_rows, step):
-            yield part, first, min(first + step, packed.padded_rows)
+        for first in range(0, end, step):
+            yield part, first, min(first + step, end)
+
+
+def _tiled(values: Tensor) -> Tensor:
+    """[T, ..., 128] of values with all rows last, [..., R']."""
+    return values.unflatten(-1, (-1, TILE)).movedim(-2, 0)
+
+
+def _flat(tiles: Tensor) -> Tensor:
+    """[..., R'], the inverse of `_tiled`."""
+    return tiles.movedim(0, -2).flatten(-2)
 
 
 def _rows_of(matrix: Tensor, first: int, last: int) -> Tensor:
@@ -136,9 +158,10 @@ def _rows_of(matrix: Tensor, first: int, last: int) -> Tensor:
 
 
 def _slice(packed: PackedWeight, part: int, first: int, last: int) -> PackedWeight:
-    """Rows of one expert, as views."""
+    """Rows of one expert, from the first of a tile, with all rows last: [..., last - first]."""
     single = packed if packed.experts is None else packed.expert(part)
-    tensors = {name: tensor[..., first:last] for name, tensor in single.tensors().items()}
+    tiles = slice(first // TILE, last // TILE)
+    tensors = {name: _flat(tensor[tiles]) for name, tensor in single.tensors().items()}
     return from_tensors(packed.format, last - first, packed.columns, tensors)
 
 
@@ -221,7 +244,7 @@ def _split_nibbles(joined: Tensor) -> Tensor:
 
 
 def _survivors(packed: PackedWeight) -> tuple[Tensor, Tensor]:
-    """Codes and positions (uint8) of a sparse, single weight, both [K/16, N, R']."""
+    """Codes and positions (uint8) of sparse rows as of `_slice`, both [K/16, N, r]."""
     if packed.positions is None:
         return packed.codes.view(torch.int8) >> 4, packed.codes & 15
     positions = _split_nibbles(packed.positions.transpose(1, 2)).transpose(1, 2)
@@ -242,7 +265,7 @@ def _dense(
 
 
 def _values(packed: PackedWeight) -> Tensor:
-    """float32 [R', K] of a single weight."""
+    """float32 [r, K] of rows as of `_slice`."""
     if not packed.format.dense:
         codes, positions = _survivors(packed)
         values = _spread(codes.float(), positions)
@@ -257,16 +280,16 @@ def _values(packed: PackedWeight) -> Tensor:
 
 
 def _slots(packed: PackedWeight) -> Tensor:
-    """bool [R', K] of a single weight."""
+    """bool [r, K] of rows as of `_slice`."""
     if packed.format.dense:
-        shape = (packed.padded_rows, packed.columns)
+        shape = (packed.rows, packed.columns)
         return torch.ones(shape, dtype=torch.bool, device=packed.device)
     _, positions = _survivors(packed)
     return _spread(torch.ones_like(positions, dtype=torch.bool), positions)
 
 
 def _spread(values: Tensor, positions: Tensor) -> Tensor:
-    """[R', K] with `values` [K/16, N, R'] at their positions and zeros between them."""
+    """[r, K] with `values` [K/16, N, r] at their positions and zeros between them."""
     groups, _, rows = values.shape
     spread = torch.zeros(rows, groups, SPAN, dtype=values.dtype, device=values.device)
     spread.scatter_(-1, positions.permute(2, 0, 1).long(), values.permute(2, 0, 1))

@@ -42,7 +42,8 @@ def columns_for(format: Format, steps: int) -> int:
 
 def value_at(packed: PackedWeight, row: int, column: int) -> float:
     """One weight of a single matrix, read as the table of `formats` tells."""
-    format, codes = packed.format, packed.codes
+    format, (tile, row) = packed.format, divmod(row, 128)
+    codes = packed.codes[tile]
     code: float = 0
     if format.dense and format.bits == 4:
         code = ((int(codes[column // 8, row]) >> 4 * (column % 8)) & 15) - 8
@@ -53,13 +54,13 @@ def value_at(packed: PackedWeight, row: int, column: int) -> float:
         if packed.positions is None:
             position, value = int(raw) & 15, float((int(raw) >> 4 ^ 8) - 8)
         else:
-            pair = int(packed.positions[column // 16, slot // 2, row])
+            pair = int(packed.positions[tile, column // 16, slot // 2, row])
             position, value = pair >> 4 * (slot % 2) & 15, raw
         if position == column % 16:
             code = value
-    return (
-        code if packed.scales is None else code * float(packed.scales[column // format.group, row])
-    )
+    if packed.scales is None:
+        return code
+    return code * float(packed.scales[tile, column // format.group, row])
 
 
 def same_bytes(left: PackedWeight, right: PackedWeight) -> bool:
@@ -70,25 +71,25 @@ def same_bytes(left: PackedWeight, right: PackedWeight) -> bool:
 @pytest.mark.parametrize("text", FORMATS)
 def test_bytes_lie_as_told(text: str) -> None:
     format = Format.parse(text)
-    weight = random_weight(19, columns_for(format, 2))
+    weight = random_weight(147, columns_for(format, 2))
     packed = pack(weight, format)
     validate(packed)
     dense, slots = unpack(packed), mask_of(packed)
-    for row, column in product(range(0, 19, 3), range(weight.shape[1])):
+    for row, column in product(range(0, 147, 21), range(weight.shape[1])):
         assert value_at(packed, row, column) == dense[row, column]
     assert dense[~slots].count_nonzero() == 0
     if not format.dense:
         assert (slots.unflatten(1, (-1, 16)).sum(-1) == format.kept).all()
     for name, tensor in packed.tensors().items():
-        assert tensor.shape[-1] == 32, name
-    empty = replace(packed, rows=32)
-    assert unpack(empty)[19:].count_nonzero() == 0
+        assert tensor.shape[-1] == 128, name
+    empty = replace(packed, rows=256)
+    assert unpack(empty)[147:].count_nonzero() == 0
 
 
 @settings(max_examples=40, deadline=None)
 @given(
     text=st.sampled_from(FORMATS),
-    rows=st.integers(1, 70),
+    rows=st.integers(1, 300),
     steps=st.integers(1, 5),
     experts=st.sampled_from([None, 1, 3]),
     block=st.sampled_from([1, 1 << 12, 1 << 22]),
@@ -106,7 +107,7 @@ def test_round_trip(
         packed = pack(weight, format)
         validate(packed)
         assert packed.nbytes == packed_bytes(format, rows, columns, experts or 1)
-        assert (packed.experts, packed.padded_rows) == (experts, padded(rows))
+        assert (packed.experts, packed.tiles * 128) == (experts, padded(rows))
         for dtype in (torch.float32, torch.bfloat16):
             again = pack(unpack(packed, dtype), format, mask_of(packed), packed.scales)
             assert same_bytes(packed, again)
@@ -220,7 +221,7 @@ def test_format_text(text: str) -> None:
 
 
 def test_bytes_of_the_claim() -> None:
-    packed = pack(random_weight(64, 256), Format.parse("5:16-int4-g128"))
+    packed = pack(random_weight(128, 256), Format.parse("5:16-int4-g128"))
     assert packed.bits_per_weight == 2.5 + 16 / 128
 
 
@@ -263,14 +264,14 @@ def test_validate_names_the_field() -> None:
     packed = pack(random_weight(32, 64), Format.parse("5:16-int8-g64"))
     four = pack(random_weight(32, 64), Format.parse("5:16-int4-g64"))
     assert packed.positions is not None and packed.scales is not None
-    swapped = four.codes[:, [1, 0, 2, 3, 4]].contiguous()
+    swapped = four.codes[:, :, [1, 0, 2, 3, 4]].contiguous()
     shifted = torch.zeros(packed.codes.numel() + 1, dtype=torch.int8)[1:].view_as(packed.codes)
     bad = {
         "codes is torch.int16": replace(packed, codes=packed.codes.short()),
-        "codes is": replace(packed, codes=packed.codes[1:]),
+        "codes is": replace(packed, codes=packed.codes[:, 1:]),
         "codes is not": replace(packed, codes=shifted),
         "codes: positions": replace(four, codes=swapped),
-        "positions is": replace(packed, positions=packed.positions[:, :2]),
+        "positions is": replace(packed, positions=packed.positions[:, :, :2]),
         "positions: positions": replace(packed, positions=torch.zeros_like(packed.positions)),
         "scales is": replace(packed, scales=packed.scales.float()),
         "scales is on": replace(packed, scales=packed.scales.to("meta")),
