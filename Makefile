@@ -24,7 +24,7 @@ protos: $(VENV)/development ## regenerate the protobuf modules
 		--grpc_python_out=.root $(addprefix .root/conclave/,$(PROTOS))
 
 kernels: $(VENV)/development ## compile every GPU kernel for every card, into kernels/bundle.zip; needs no GPU
-	$(BIN)/python -m conclave.kernels.bundle
+	$(BIN)/python -m conclave.kernels.launching.bundle
 
 bench: $(VENV)/development ## serving figures on this machine, into benchmarks/results
 	$(BIN)/python -m benchmarks.serving

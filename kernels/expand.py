@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .errors import KernelInputError
 from .formats import SHIPPED, TILE, Format, PackedWeight, tensor_types
-from .launch import Kernel, Variant
+from .launching.launch import Kernel, Variant
 
 ROWS, COLUMNS, WARPS = 64, 128, 4
 _TILE = tl.constexpr(TILE)

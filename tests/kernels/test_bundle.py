@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 import typer
 
-from conclave.kernels import bundle
 from conclave.kernels.errors import BundleError, KernelInputError, KernelMissing
-from conclave.kernels.loader import Binary, Bundle
-from conclave.kernels.targets import ALL, Target, binary_for, ptx_for
-from conclave.kernels.variant import Program, Resources, Variant, resources
+from conclave.kernels.launching import bundle
+from conclave.kernels.launching.loader import Binary, Bundle
+from conclave.kernels.launching.targets import ALL, Target, binary_for, ptx_for
+from conclave.kernels.launching.variant import Program, Resources, Variant, resources
 
 SHIFT = tl.constexpr(3)
 

@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 
-from .errors import KernelInputError, LaunchError
+from ..errors import KernelInputError, LaunchError
 from .loader import Binary
 from .targets import ALL, Target
 

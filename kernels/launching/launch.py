@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from ..errors import KernelInputError, KernelMissing
 from . import loader
-from .errors import KernelInputError, KernelMissing
 from .loader import Binary, Bundle
 from .targets import target_of
 from .variant import ALIGNMENT, TYPES, Program, Variant, compile_variant

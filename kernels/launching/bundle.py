@@ -1,6 +1,6 @@
 """Builds the bundle: every variant of every kernel for every target, without a GPU.
 
-    python -m conclave.kernels.bundle --targets sm_90,gfx1100 --out build --json
+    python -m conclave.kernels.launching.bundle --targets sm_90,gfx1100 --out build --json
 
 The same sources, Triton and zlib make the same bytes. What was compiled before is kept in
 `build/kernels`, by the sha256 of the source, the variant, the target and Triton's version.
@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .errors import BundleError
+from ..errors import BundleError
 from .loader import FORMAT, PACKAGED, Bundle, Entry
 from .targets import ALL, AMD, NVIDIA, Target, ptx_for
 from .variant import Variant, compile_variant, resources
@@ -82,11 +82,10 @@ class Summary:
 
 
 def catalogue() -> Iterator[Variant]:
-    """The variants of all kernels: of every file in this folder that has a `variants()`."""
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        if path != Path(__file__):
-            module = importlib.import_module(f".{path.stem}", __package__)
-            yield from getattr(module, "variants", tuple)()
+    """The variants of all kernels: of every file of `kernels/` that has a `variants()`."""
+    for path in sorted(PACKAGED.parent.glob("*.py")):
+        module = importlib.import_module(f"..{path.stem}", __package__)
+        yield from getattr(module, "variants", tuple)()
 
 
 def build(

@@ -22,10 +22,10 @@ from zipfile import ZipFile
 
 import torch
 
-from .errors import BundleError, KernelMissing, LaunchError
+from ..errors import BundleError, KernelMissing, LaunchError
 from .targets import Target, binary_for, ptx_for
 
-PACKAGED = Path(__file__).with_name("bundle.zip")
+PACKAGED = Path(__file__).parent.parent / "bundle.zip"
 """Where the bundle of an installed package is."""
 FORMAT = 1
 _STATIC_SHARED_MEMORY = 48 * 1024

@@ -1,0 +1,146 @@
+"""One to four tokens times an N:16 int4 weight in plain Triton, for processors of every make.
+
+As `sparse_gemv`, but x is loaded at the positions, from the cache: about ten instructions for each
+survivor and token, which is enough where memory is slower than an H100's.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .errors import KernelInputError
+from .formats import SHIPPED, TILE, Format, PackedWeight
+from .launching.launch import Kernel, Variant
+from .launching.targets import AMD
+from .tuning import gemv_plan
+from .workspace import meet, workspace
+
+MOST_TOKENS = 4
+PIECE = 64
+"""Columns of a step."""
+_TILE = tl.constexpr(TILE)
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@triton.jit
+def _gather(
+    y,
+    x,
+    codes,
+    scales,
+    residual,
+    experts,
+    partials,
+    counters,
+    tokens,
+    rows,
+    columns,
+    scale,
+    KEPT: tl.constexpr,
+    GROUP: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    row = tl.arange(0, _TILE)[:, None]
+    token = tl.arange(0, TOKENS)[None, :]
+    tile = tl.program_id(0).to(tl.int64)
+    if experts is not None:
+        tile += tl.load(experts + tl.program_id(2)) * tl.num_programs(0)
+        x += tl.program_id(2) * columns
+    codes += tile * (columns // 16 * KEPT * _TILE)
+    scales += tile * (columns // GROUP * _TILE)
+    total = tl.zeros([_TILE, TOKENS], tl.float32)
+    for piece in range(tl.program_id(1), columns // 64, tl.num_programs(1)):
+        part = tl.zeros([_TILE, TOKENS], tl.float32)
+        for slot in tl.static_range(4 * KEPT):
+            code = tl.load(codes + (piece * 4 * KEPT + slot) * _TILE + row).to(tl.int32)
+            column = piece * 64 + slot // KEPT * 16 + (code & 15)
+            value = ((code << 24) >> 28).to(tl.float32)
+            held = tl.load(x + token * columns + column, mask=token < tokens, other=0.0)
+            part += value * held.to(tl.float32)
+        own = tl.load(scales + piece * 64 // GROUP * _TILE + row)
+        total += part * own.to(tl.float32)
+    meet(y, total, residual, scale, partials, counters, tokens, rows, TOKENS)
+
+
+_gathered = Kernel(
+    _gather, name="sparse_gather", grid="tiles, splits, copies", multiples_of_16=("columns",)
+)
+
+
+def supports(format: Format, columns: int) -> bool:
+    """Whether the kernels for few tokens take weights of this format."""
+    sparse = not format.dense and format.bits == 4
+    return sparse and format.group % PIECE == 0 and columns % PIECE == 0
+
+
+def variants() -> Iterator[Variant]:
+    """What the bundle holds: the usual formats, bfloat16, with and without a residual."""
+    for format in filter(lambda each: supports(each, PIECE), SHIPPED):
+        own = {"KEPT": format.kept, "GROUP": format.group}
+        for residual, experts in (("none", "none"), ("*bf16", "none"), ("none", "*i32")):
+            tensors = ("*bf16", "*bf16", "*u8", "*bf16", residual, experts, "*fp32", "*i32")
+            types = (*tensors, "i32", "i32", "i32", "fp32")
+            for tokens in (1, 2, 4) if experts == "none" else (1,):
+                constants = {**own, "TOKENS": tokens}
+                yield Variant(
+                    _gathered, (*types, "i32", "i32", "i32", "fp32"), constants, 4, 1, AMD
+                )
+
+
+def sparse_gather(
+    x: Tensor,
+    weight: PackedWeight,
+    out: Tensor,
+    residual: Tensor | None = None,
+    scale: float = 1.0,
+    experts: Tensor | None = None,
+) -> None:
+    """As `sparse_gemv.sparse_gemv`, on any card, and on the CPU in Triton's interpreter."""
+    check_few(x, weight, out, residual, experts)
+    tokens, copies = (1, len(x)) if experts is not None else (len(x), 1)
+    padded = 1 << (tokens - 1).bit_length()
+    pieces = weight.columns // PIECE
+    _, splits = gemv_plan(x.device, weight.tiles, pieces, padded, copies)
+    tensors = (weight.codes, weight.scales, residual, experts, *workspace(x.device))
+    _gathered.launch(
+        (weight.tiles, splits, copies),
+        *(out, x, *tensors, tokens, weight.rows, weight.columns, float(scale)),
+        constants={"KEPT": weight.format.kept, "GROUP": weight.format.group, "TOKENS": padded},
+        warps=4,
+        stages=1,
+    )
+
+
+def check_few(
+    x: Tensor,
+    weight: PackedWeight,
+    out: Tensor,
+    residual: Tensor | None,
+    experts: Tensor | None,
+) -> None:
+    """KernelInputError unless the kernels for few tokens can take these."""
+    fault = ""
+    if not supports(weight.format, weight.columns):
+        fault = f"takes N:16 int4 in groups of 64 or 128, K a multiple of 64, not {weight.format}"
+    elif x.dim() != 2 or x.shape[1] != weight.columns or x.dtype not in _DTYPES:
+        fault = f"x is {x.dtype} {tuple(x.shape)}; K is {weight.columns}"
+    elif (experts is None) != (weight.experts is None):
+        fault = "a stack of weights needs `experts`, a single one has none"
+    elif experts is None and not 1 <= len(x) <= MOST_TOKENS:
+        fault = f"x has {len(x)} tokens; it takes 1 to {MOST_TOKENS}"
+    elif experts is not None and (experts.dtype != torch.int32 or experts.shape != x.shape[:1]):
+        fault = f"experts is {experts.dtype} {tuple(experts.shape)}; it must be int32 [{len(x)}]"
+    for name, tensor in (("out", out), ("residual", residual)):
+        wanted = (len(x), weight.rows)
+        if tensor is not None and (tuple(tensor.shape) != wanted or tensor.dtype != x.dtype):
+            fault = fault or f"{name} is {tensor.dtype} {tuple(tensor.shape)}; not {wanted}"
+    for name, tensor in (("x", x), ("out", out), ("residual", residual), ("experts", experts)):
+        if tensor is not None and not tensor.is_contiguous():
+            fault = fault or f"{name} is not contiguous"
+        if tensor is not None and tensor.device != weight.device:
+            fault = fault or f"{name} is on {tensor.device}, the weight on {weight.device}"
+    if fault:
+        raise KernelInputError(f"few tokens: {fault}")

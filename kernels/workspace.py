@@ -1,0 +1,82 @@
+"""Sums that are split over programs: their scratch memory, and how the programs meet.
+
+A program stores its partial sums, then counts itself; the last one to arrive adds them all up, in
+their fixed order, and sets the counter back to zero. So results do not depend on which program was
+faster, which atomic additions of floats would make them.
+"""
+
+import threading
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .errors import KernelInputError
+from .formats import TILE
+
+PARTIALS = 8 << 20
+"""float32 values of partial sums: 32 MiB for each device."""
+COUNTERS = 1 << 14
+_TILE = tl.constexpr(TILE)
+
+_scratch: dict[torch.device, tuple[Tensor, Tensor]] = {}
+_lock = threading.Lock()
+
+
+def workspace(device: torch.device) -> tuple[Tensor, Tensor]:
+    """(partials float32 [PARTIALS], counters int32 [COUNTERS], all zero) of a device.
+
+    Made at the first call, which must not be one that a CUDA graph records. Kernels that use them
+    must run one after the other, as they do in one stream.
+    """
+    found = _scratch.get(device)
+    if found is None:
+        with _lock:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise KernelInputError(
+                    "the first call of a kernel cannot be part of a CUDA graph; run it once before"
+                )
+            found = _scratch.setdefault(
+                device,
+                (
+                    torch.empty(PARTIALS, dtype=torch.float32, device=device),
+                    torch.zeros(COUNTERS, dtype=torch.int32, device=device),
+                ),
+            )
+    return found
+
+
+@triton.jit
+def finish(y, total, residual, scale, place, fits):
+    """Stores (total + residual) * scale, rounded once."""
+    if residual is not None:
+        total += tl.load(residual + place, mask=fits, other=0.0).to(tl.float32)
+    tl.store(y + place, (total * scale).to(y.dtype.element_ty), mask=fits)
+
+
+@triton.jit
+def meet(y, total, residual, scale, partials, counters, tokens, rows, TOKENS: tl.constexpr):
+    """Adds the splits' sums `total` [128, TOKENS] and stores the rows of the program's tile."""
+    tile = tl.program_id(0)
+    copy = tl.program_id(2)
+    splits = tl.num_programs(1)
+    token = tl.arange(0, TOKENS)[None, :]
+    row = tile * _TILE + tl.arange(0, _TILE)[:, None]
+    fits = (row < rows) & (token < tokens)
+    place = (copy * TOKENS + token) * rows + row
+    if splits == 1:
+        finish(y, total, residual, scale, place, fits)
+    else:
+        area = tl.num_programs(0) * _TILE * TOKENS
+        own = partials + copy * splits * area + tile * _TILE * TOKENS
+        own += tl.arange(0, _TILE)[:, None] * TOKENS + token
+        tl.store(own + tl.program_id(1) * area, total)
+        tl.debug_barrier()
+        counter = counters + copy * tl.num_programs(0) + tile
+        if tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1:
+            total = tl.zeros([_TILE, TOKENS], tl.float32)
+            for split in range(splits):
+                total += tl.load(own + split * area, cache_modifier=".cg")
+            finish(y, total, residual, scale, place, fits)
+            tl.atomic_xchg(counter, 0, sem="relaxed")

@@ -1,0 +1,121 @@
+"""One to four tokens times N:16 int4: against float64, edges of tiles, every output written."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from conclave.kernels.errors import KernelInputError
+from conclave.kernels.layouts import Format, PackedWeight, pack, unpack
+from conclave.kernels.sparse_gather import sparse_gather
+from conclave.kernels.sparse_gemv import sparse_gemv
+
+pytestmark = pytest.mark.kernel
+
+OPS = [sparse_gather, sparse_gemv] if torch.cuda.is_available() else [sparse_gather]
+"""What runs here: shuffles need a card."""
+Few = Callable[..., None]
+
+
+@pytest.fixture(params=OPS, ids=lambda op: op.__name__)
+def few(request: pytest.FixtureRequest) -> Few:
+    op: Few = request.param
+    return op
+
+
+def weight_of(text: str, device: torch.device, *shape: int) -> PackedWeight:
+    return pack(torch.randn(shape), Format.parse(text)).to(device)
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 4])
+@pytest.mark.parametrize(
+    ("text", "rows", "columns"),
+    [
+        ("5:16-int4-g128", 80, 384),
+        ("5:16-int4-g64", 200, 704),
+        ("1:16-int4-g64", 16, 64),
+    ],
+)
+def test_against_float64(
+    text: str,
+    rows: int,
+    columns: int,
+    tokens: int,
+    few: Few,
+    device: torch.device,
+    round_off: dict[torch.dtype, float],
+) -> None:
+    weight = weight_of(text, device, rows, columns)
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.randn(tokens, columns, device=device, dtype=dtype)
+        out = torch.full((tokens, rows), torch.nan, device=device, dtype=dtype)
+        few(x, weight, out)
+        expected = x.double() @ unpack(weight).double().T
+        # Pairs of tokens are summed in float16 within 64 columns.
+        most = 2e-3 if tokens > 1 and dtype == torch.float32 else round_off[dtype]
+        assert relative_error(out, expected) <= most
+
+
+def test_residual_scale_and_wild_values(
+    few: Few, device: torch.device, round_off: dict[torch.dtype, float]
+) -> None:
+    """Tokens of 1e-20 beside 1e20, columns of zeros: halves are scaled for every 64 columns."""
+    weight = weight_of("5:16-int4-g64", device, 144, 256)
+    for tokens in (1, 2, 4):
+        x = torch.randn(tokens, 256, device=device)
+        x[:, :64] = 0
+        x *= torch.tensor([1.0, 1e-20, 1e20, 300.0], device=device)[:tokens, None]
+        residual = torch.randn(tokens, 144, device=device)
+        out = torch.full((tokens, 144), torch.nan, device=device)
+        few(x, weight, out, residual=residual, scale=0.5)
+        expected = (x.double() @ unpack(weight).double().T + residual) * 0.5
+        for token in range(tokens):
+            assert relative_error(out[token], expected[token]) <= 2e-3
+
+
+def test_each_token_by_its_own_expert(
+    few: Few, device: torch.device, round_off: dict[torch.dtype, float]
+) -> None:
+    weight = weight_of("5:16-int4-g64", device, 6, 176, 128)
+    experts = torch.tensor([5, 0, 3, 3, 1], dtype=torch.int32, device=device)
+    x = torch.randn(5, 128, device=device)
+    out = torch.full((5, 176), torch.nan, device=device)
+    few(x, weight, out, experts=experts)
+    expected = torch.einsum("tk,trk->tr", x.double(), unpack(weight).double()[experts.long()])
+    assert relative_error(out, expected) <= round_off[torch.float32]
+
+
+def test_twice_the_same(few: Few, device: torch.device) -> None:
+    weight = weight_of("5:16-int4-g64", device, 256, 1024)
+    x = torch.randn(1, 1024, device=device)
+    outs = [torch.empty(1, 256, device=device) for _ in range(3)]
+    for out in outs:
+        few(x, weight, out)
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+def test_what_does_not_fit_is_refused(few: Few, device: torch.device) -> None:
+    weight = weight_of("5:16-int4-g64", device, 32, 64)
+    x, out = torch.zeros(1, 64, device=device), torch.zeros(1, 32, device=device)
+    stack = weight_of("5:16-int4-g64", device, 2, 32, 64)
+    eight = weight_of("5:16-int8-g64", device, 32, 64)
+    wrong = {
+        "K is 64": lambda: few(x[:, :32], weight, out),
+        "takes N:16 int4": lambda: few(x, eight, out),
+        "1 to 4": lambda: few(x.expand(5, -1), weight, out.expand(5, -1)),
+        "out is": lambda: few(x, weight, out.double()),
+        "residual is": lambda: few(x, weight, out, residual=out[:, :1]),
+        "needs `experts`": lambda: few(x, stack, out),
+        "experts is": lambda: few(x, stack, out, experts=torch.zeros(1, device=device)),
+        "not contiguous": lambda: sparse_gemv(
+            x.expand(2, -1), weight, torch.zeros(2, 32, device=device)
+        ),
+        "x is": lambda: few(x.double(), weight, out.double()),
+    }
+    for message, call in wrong.items():
+        with pytest.raises(KernelInputError, match=message):
+            call()
