@@ -58,6 +58,23 @@ def gemv_rule(
     return warps, max(1, min(splits, room)) if tiles * copies <= COUNTERS else 1
 
 
+@lru_cache(maxsize=4096)
+def matmul_splits(device: torch.device, tiles: int, chunks: int, blocks: int, tokens: int) -> int:
+    """Programs that share a tile's `chunks` scale groups; `blocks` of `tokens` tokens."""
+    name, processors = _card(device)
+    tuned = _table().get(name, {}).get(f"matmul {tokens} {tiles}x{chunks}x{blocks}")
+    return tuned[0] if tuned is not None else matmul_rule(processors, tiles, chunks, blocks, tokens)
+
+
+def matmul_rule(processors: int, tiles: int, chunks: int, blocks: int, tokens: int) -> int:
+    """As many as keep a processor busy with four programs; with big ones at work it takes fewer."""
+    programs = (4.0 if tokens <= 64 else 1.3) * processors
+    room = PARTIALS // (tiles * 128 * tokens * blocks)
+    if tiles * blocks > COUNTERS:
+        return 1
+    return max(1, min(round(programs / (tiles * blocks)), chunks, room))
+
+
 def tuned_entries() -> dict[str, dict[str, list[int]]]:
     """The whole table, by card and by key; for those who make it."""
     return dict(_table())
@@ -69,3 +86,4 @@ def write_table(entries: dict[str, Any]) -> None:
     TABLE.write_text(lines + "\n")
     _table.cache_clear()
     gemv_plan.cache_clear()
+    matmul_splits.cache_clear()

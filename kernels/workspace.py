@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
 from .errors import KernelInputError
 from .formats import TILE
@@ -19,6 +21,8 @@ PARTIALS = 8 << 20
 """float32 values of partial sums: 32 MiB for each device."""
 COUNTERS = 1 << 14
 _TILE = tl.constexpr(TILE)
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+"""Of a block's threads; the name before Triton 3.7 was another."""
 
 _scratch: dict[torch.device, tuple[Tensor, Tensor]] = {}
 _lock = threading.Lock()
@@ -80,3 +84,32 @@ def meet(y, total, residual, scale, partials, counters, tokens, rows, TOKENS: tl
                 total += tl.load(own + split * area, cache_modifier=".cg")
             finish(y, total, residual, scale, place, fits)
             tl.atomic_xchg(counter, 0, sem="relaxed")
+
+
+@gluon.jit
+def _finish_distributed(y, total, residual, scale, place, fits):
+    if residual is not None:
+        total += gl.load(residual + place, mask=fits, other=0.0).to(gl.float32)
+    gl.store(y + place, (total * scale).to(y.dtype.element_ty), mask=fits)
+
+
+@gluon.jit
+def meet_distributed(y, total, residual, scale, partials, counters, tokens, rows, row, token, flat):
+    """`meet` in Gluon, for sums of any shape: `flat` numbers the elements of a program's."""
+    place = token * rows + row
+    fits = (token < tokens) & (row < rows)
+    splits = gl.num_programs(2)
+    if splits == 1:
+        _finish_distributed(y, total, residual, scale, place, fits)
+    else:
+        program = gl.program_id(0) * gl.num_programs(1) + gl.program_id(1)
+        area = gl.num_programs(0) * gl.num_programs(1) * total.numel
+        own = partials + program * total.numel + flat
+        gl.store(own + gl.program_id(2) * area, total)
+        barrier()
+        if gl.atomic_add(counters + program, 1, sem="acq_rel") == splits - 1:
+            total = gl.zeros_like(total)
+            for split in range(splits):
+                total += gl.load(own + split * area, cache_modifier=".cg")
+            _finish_distributed(y, total, residual, scale, place, fits)
+            gl.atomic_xchg(counters + program, 0, sem="relaxed")
