@@ -1,0 +1,107 @@
+"""The op that models call: shapes, fake tensors, refusals; on a card all its paths and graphs."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from conclave.kernels import reference
+from conclave.kernels.errors import KernelInputError
+from conclave.kernels.layouts import Format, PackedWeight, pack, unpack
+from conclave.kernels.linear import grouped_linear, linear
+
+DEVICES = ["cuda"] if torch.cuda.is_available() else ["cpu"]
+on_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card")
+
+
+def weight_of(text: str, *shape: int) -> PackedWeight:
+    return pack(torch.randn(shape), Format.parse(text)).to(DEVICES[0])
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("shape", [(64,), (3, 64), (2, 0, 64), (2, 5, 64)], ids=str)
+def test_leading_dimensions(shape: tuple[int, ...]) -> None:
+    weight = weight_of("5:16-int4-g64", 80, 64)
+    x = torch.randn(shape, device=DEVICES[0])
+    residual = torch.randn(*shape[:-1], 80, device=DEVICES[0])
+    got, expected = linear(x, weight, residual, 0.5), reference.linear(x, weight, residual, 0.5)
+    assert got.shape == expected.shape
+    torch.testing.assert_close(got, expected, rtol=5e-3, atol=5e-3)
+
+
+def test_experts() -> None:
+    weight = weight_of("5:16-int4-g64", 4, 80, 64)
+    x = torch.randn(6, 64, device=DEVICES[0])
+    experts = torch.tensor([3, 0, 3, 1, 1, 2], dtype=torch.int32, device=DEVICES[0])
+    expected = torch.einsum("tk,trk->tr", x, unpack(weight)[experts.long()])
+    torch.testing.assert_close(grouped_linear(x, weight, experts), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_fake_tensors_and_the_compiler() -> None:
+    weight = weight_of("5:16-int4-g64", 80, 64)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        x = mode.from_tensor(torch.randn(2, 3, 64, device=DEVICES[0]))
+        assert linear(x, weight).shape == (2, 3, 80)
+    x = torch.randn(3, 64, device=DEVICES[0])
+    compiled = torch.compile(lambda x: linear(x, weight) + 1, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), linear(x, weight) + 1)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    weight, stack = weight_of("5:16-int4-g64", 80, 64), weight_of("5:16-int4-g64", 2, 80, 64)
+    x, experts = torch.zeros(2, 64, device=DEVICES[0]), torch.zeros(2, dtype=torch.int32)
+    wrong = {
+        "64 columns": lambda: linear(x[:, :32], weight),
+        "residual is": lambda: linear(x, weight, x),
+        "the weight on": lambda: linear(x.to("meta"), weight),
+        "takes a stack": lambda: grouped_linear(x, weight, experts),
+        "experts torch": lambda: grouped_linear(x, stack, experts.long()),
+    }
+    for message, call in wrong.items():
+        with pytest.raises(KernelInputError, match=message):
+            call()
+
+
+@on_card
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 16, 17, 33, 64, 65, 129, 255, 300])
+@pytest.mark.parametrize(
+    ("text", "rows", "columns"),
+    [
+        ("5:16-int4-g128", 384, 1024),
+        ("5:16-int4-g64", 200, 704),
+        ("8:16-int4-g64", 1408, 2112),
+        ("4:16-int4-g128", 80, 128),
+        ("5:16-int8-g64", 200, 704),
+        ("5:16-bf16", 200, 704),
+        ("dense-int4-g32", 200, 704),
+        ("dense-int8-g64", 200, 704),
+    ],
+)
+def test_every_number_of_tokens(text: str, rows: int, columns: int, tokens: int) -> None:
+    """Against float64, memory poisoned before; wide products round their scales too."""
+    weight = weight_of(text, rows, columns)
+    x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
+    residual = torch.randn(tokens, rows, device="cuda", dtype=torch.bfloat16)
+    exact = x.double() @ unpack(weight).double().T
+    for added, expected in ((None, exact), (residual, exact + residual)):
+        torch.full((1 << 22,), torch.nan, device="cuda")
+        assert relative_error(linear(x, weight, added), expected) <= 3e-3
+
+
+@on_card
+@pytest.mark.parametrize("tokens", [1, 4, 16, 128])
+def test_recorded_in_a_graph(tokens: int) -> None:
+    weight = weight_of("5:16-int4-g128", 1024, 2048)
+    x = torch.randn(tokens, 2048, device="cuda", dtype=torch.bfloat16)
+    first = linear(x, weight)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = [linear(x, weight) for _ in range(4)]
+    x.copy_(torch.randn_like(x))
+    for _ in range(3):
+        graph.replay()
+    expected = linear(x, weight)
+    assert not torch.equal(first, expected)
+    assert all(torch.equal(each, expected) for each in recorded)
