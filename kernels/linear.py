@@ -7,8 +7,8 @@
 | more         | expand, then a matmul                      | expand, then a matmul  |
 
 Expanding writes the dense weight into scratch memory that all layers share, and leaves the product
-to the vendor's library. On a CPU the reference runs. `linear` and `grouped_linear` are custom ops of
-torch: they work on fake tensors, in `torch.compile` and, once each has been called, in CUDA graphs.
+to the vendor's library. On a CPU the reference runs. `linear` and `grouped_linear` are torch custom
+ops: they work on fake tensors, in `torch.compile` and, once called, in CUDA graphs.
 """
 
 import threading

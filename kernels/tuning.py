@@ -1,8 +1,9 @@
 """How many programs and warps a kernel gets: measured for the cards in `tuned.json`, else by rule.
 
-The rule was found on an H100: what is fastest there has all its programs at work at once, about 27
-warps to a processor for one token, and four steps for each. Tables are made by
-`python -m benchmarks.tune_kernels`.
+The rules were found on an H100 and an H200. Few tokens: what counts is that each program has just
+enough steps to hide the first one's wait, so that all its loads are under way at once; how many
+programs there are matters little. Tensor cores: some programs for each processor, each with several
+steps. Tables are made by `python -m benchmarks.tune_kernels`.
 """
 
 import json
@@ -15,8 +16,8 @@ import torch
 from .workspace import COUNTERS, PARTIALS
 
 TABLE = Path(__file__).parent / "tuned.json"
-_USUAL_PROCESSORS = 64
-_WARPS_EACH = {1: 27, 2: 18, 4: 15}
+_PROGRAMS_EACH = {16: 3.8, 32: 2.7, 64: 2.6, 128: 1.5}
+"""Programs for each processor that `matmul_rule` aims at, by tokens of a program."""
 
 
 @lru_cache
@@ -38,22 +39,18 @@ def gemv_plan(
     device: torch.device, tiles: int, pieces: int, tokens: int, copies: int
 ) -> tuple[int, int]:
     """(warps, splits) of a program for `tiles` tiles of 128 rows and `pieces` steps along K."""
-    name, processors = _card(device)
-    tuned = _table().get(name, {}).get(f"gemv {tokens} {tiles}x{pieces}x{copies}")
-    if tuned is not None:
-        return tuned[0], tuned[1]
-    return gemv_rule(processors, tiles, pieces, tokens, copies)
+    tuned = _table().get(_card(device)[0], {}).get(f"gemv {tokens} {tiles}x{pieces}x{copies}")
+    return (tuned[0], tuned[1]) if tuned is not None else gemv_rule(tiles, pieces, tokens, copies)
 
 
-def gemv_rule(
-    processors: int, tiles: int, pieces: int, tokens: int, copies: int
-) -> tuple[int, int]:
-    """The plan for a card that nobody has measured."""
-    wanted = max(1, round(_WARPS_EACH[tokens] * processors / (tiles * copies)))
-    rounds = -(-pieces // min(wanted, pieces))
-    each = -(-pieces // rounds)
-    warps = 1 if each <= 24 else 4
-    splits = -(-each // warps)
+def gemv_rule(tiles: int, pieces: int, tokens: int, copies: int) -> tuple[int, int]:
+    """The plan for what nobody has measured: four to six steps a warp."""
+    if tokens > 1:
+        warps, splits = 1, -(-pieces // 5)
+    elif pieces <= 128:
+        warps, splits = 1, -(-pieces // 4)
+    else:
+        warps, splits = 4, -(-pieces // 24)
     room = PARTIALS // (tiles * 128 * tokens * copies)
     return warps, max(1, min(splits, room)) if tiles * copies <= COUNTERS else 1
 
@@ -67,12 +64,13 @@ def matmul_splits(device: torch.device, tiles: int, chunks: int, blocks: int, to
 
 
 def matmul_rule(processors: int, tiles: int, chunks: int, blocks: int, tokens: int) -> int:
-    """As many as keep a processor busy with four programs; with big ones at work it takes fewer."""
-    programs = (4.0 if tokens <= 64 else 1.3) * processors
-    room = PARTIALS // (tiles * 128 * tokens * blocks)
+    """Programs for all processors, but six steps at least for each, and all of them as many."""
     if tiles * blocks > COUNTERS:
         return 1
-    return max(1, min(round(programs / (tiles * blocks)), chunks, room))
+    wanted = round(_PROGRAMS_EACH[tokens] * processors / (tiles * blocks))
+    room = PARTIALS // (tiles * 128 * tokens * blocks)
+    splits = max(1, min(wanted, -(-chunks // 6), room))
+    return -(-chunks // -(-chunks // splits))
 
 
 def tuned_entries() -> dict[str, dict[str, list[int]]]:

@@ -1,0 +1,44 @@
+"""How programs are shared out: within the workspace, nobody idle, the measured table first."""
+
+import pytest
+import torch
+
+from conclave.kernels import tuning
+from conclave.kernels.tuning import gemv_plan, gemv_rule, matmul_rule
+from conclave.kernels.workspace import COUNTERS, PARTIALS
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4])
+@pytest.mark.parametrize("tiles", [1, 7, 168, 2048, COUNTERS])
+@pytest.mark.parametrize("pieces", [1, 3, 84, 336])
+@pytest.mark.parametrize("copies", [1, 8, 64])
+def test_few_tokens_stay_within_the_workspace(
+    tokens: int, tiles: int, pieces: int, copies: int
+) -> None:
+    warps, splits = gemv_rule(tiles, pieces, tokens, copies)
+    assert warps in (1, 4) and 1 <= splits <= pieces
+    if splits > 1:
+        assert tiles * copies <= COUNTERS
+        assert splits * tiles * 128 * tokens * copies <= PARTIALS
+
+
+@pytest.mark.parametrize("tokens", [16, 32, 64, 128])
+@pytest.mark.parametrize(("tiles", "chunks"), [(1, 1), (42, 168), (168, 42), (COUNTERS, 42)])
+@pytest.mark.parametrize("blocks", [1, 2, 32])
+def test_every_split_has_work(tokens: int, tiles: int, chunks: int, blocks: int) -> None:
+    splits = matmul_rule(132, tiles, chunks, blocks, tokens)
+    each = -(-chunks // splits)
+    assert 1 <= splits <= chunks and (splits - 1) * each < chunks
+    if splits > 1:
+        assert splits * tiles * 128 * tokens * blocks <= PARTIALS
+
+
+def test_what_was_measured_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_card", lambda device: ("some card", 10))
+    monkeypatch.setattr(tuning, "_table", lambda: {"some card": {"gemv 1 5x84x1": [4, 9]}})
+    gemv_plan.cache_clear()
+    try:
+        assert gemv_plan(torch.device("cpu"), 5, 84, 1, 1) == (4, 9)
+        assert gemv_plan(torch.device("cpu"), 6, 84, 1, 1) == gemv_rule(6, 84, 1, 1)
+    finally:
+        gemv_plan.cache_clear()
