@@ -7,6 +7,7 @@ it again. Nothing is written by hand.
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -17,7 +18,7 @@ from typing import Any
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
 HEADLINE = FOLDER / "headline.json"
-_PACKAGES = ("torch", "triton", "ray", "grpcio", "transformers")
+_PACKAGES = ("torch", "triton", "ray", "grpcio", "transformers", "gemlite", "torchao")
 
 
 def machine() -> str:
@@ -38,17 +39,20 @@ def stamp() -> dict[str, Any]:
     return {
         "device": machine(),
         "command": command(),
-        "commit": _git("rev-parse", "--short", "HEAD")
-        + ("+" if _git("status", "-s", "-uno") else ""),
+        "commit": _commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "versions": _versions(),
     }
 
 
 def command() -> str:
-    """This process, as a command to repeat it."""
+    """This process, as a command to repeat it; without the folder that `--out` names."""
     name = Path(sys.argv[0]).stem
-    return " ".join(["python -m", f"benchmarks.{name}", *sys.argv[1:]])
+    arguments = sys.argv[1:]
+    if "--out" in arguments:
+        place = arguments.index("--out")
+        arguments = arguments[:place] + arguments[place + 2 :]
+    return " ".join(["python -m", f"benchmarks.{name}", *arguments])
 
 
 def write_result(name: str, figures: dict[str, Any]) -> Path:
@@ -89,6 +93,15 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def _commit() -> str:
+    """`CONCLAVE_COMMIT`, for a copy of the tree without its history, or what git says."""
+    commit = _git("rev-parse", "--short", "HEAD")
+    changed = "+" if _git("status", "-s", "-uno") else ""
+    return os.environ.get("CONCLAVE_COMMIT") or (commit + changed) or "unknown"
+
+
 def _git(*arguments: str) -> str:
+    if shutil.which("git") is None:
+        return ""
     done = subprocess.run(["git", *arguments], cwd=FOLDER, capture_output=True, text=True)
     return done.stdout.strip()

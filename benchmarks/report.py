@@ -8,6 +8,7 @@ from typing import Any
 from .records import FOLDER, HEADLINE, RESULTS
 
 README = FOLDER.parent / "README.md"
+LONGEST_TABLE = 80
 MARKERS = ("<!-- headline -->", "<!-- /headline -->")
 
 
@@ -50,14 +51,18 @@ def _section(path: Path) -> str:
         f"commit {record['commit']} · {versions}",
         "",
     ]
-    return "\n".join([*lines, *_figures(record["figures"])])
+    if path.with_suffix(".png").exists():
+        lines += [f"![{path.stem}](results/{path.stem}.png)", ""]
+    return "\n".join([*lines, *_figures(record["figures"], path.name)])
 
 
-def _figures(figures: dict[str, Any]) -> list[str]:
-    """A table for each list of rows, a bullet for everything else."""
+def _figures(figures: dict[str, Any], source: str) -> list[str]:
+    """A table for each list of rows that is not very long, a bullet for everything else."""
     lines: list[str] = []
     for name, value in figures.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
+        if isinstance(value, list) and len(value) > LONGEST_TABLE:
+            lines += ["", f"- {name}: {len(value)} of them in `results/{source}`"]
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
             heads = list(value[0])
             lines += ["", f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
             lines += [f"| {' | '.join(_number(row[head]) for head in heads)} |" for row in value]

@@ -1,0 +1,95 @@
+"""Whole parts of a decode step in `benchmarks.kernels`, as one graph against their byte limit.
+
+The linears of a sliding layer of the 31B model in their order, and the experts of a layer of the
+26B model. Attention, norms and the router are left out: their bytes are not in the limit either.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .contestants import Builder, Contestant, error_of
+from .experts import Stack, bytes_read, choices, random_stack, stack_error
+from .shapes import EXPERTS_EACH, STACKS
+
+_SLIDING = ((16384, 5376), (5376, 8192), (43008, 5376), (5376, 21504))
+"""q, k and v; o; gate and up; down."""
+Row = dict[str, Any]
+
+
+class Block(NamedTuple):
+    """Something to time: launch number i with its own weights."""
+
+    launch: Callable[[int], object]
+    launches: int
+    nbytes: int
+    """That one launch must read."""
+
+
+def gated(both: Tensor) -> Tensor:
+    """gelu(gate) * up of [tokens, gate and up]."""
+    gate, up = both.chunk(2, -1)
+    return F.gelu(gate, approximate="tanh").mul_(up)
+
+
+def sliding_layer(build: Builder) -> list[Contestant]:
+    """The four linears of a kind, with random weights."""
+    found = []
+    for rows, columns in _SLIDING:
+        weight = torch.randn(rows, columns, dtype=torch.bfloat16, device="cuda")
+        found.append(next(iter(build(weight))))
+    return found
+
+
+def sliding_block(layer: list[Contestant], tokens: int) -> Block:
+    """`layer` for so many tokens; ValueError if a linear's answer is wrong."""
+    for linear in layer:
+        error = error_of(linear, tokens)
+        if not error <= linear.most_error:
+            raise ValueError(f"relative error {error:.2g} of {tuple(linear.truth.shape)}")
+    qkv, o, gate_up, down = layer
+    x, mixed = qkv.activations(tokens), o.activations(tokens)
+
+    def launch(index: int) -> object:
+        qkv.multiply(x, index % qkv.copies)
+        hidden = o.multiply(mixed, index % o.copies)
+        both = gate_up.multiply(hidden, index % gate_up.copies)
+        return down.multiply(gated(both), index % down.copies)
+
+    return Block(launch, 4, sum(linear.nbytes for linear in layer))
+
+
+def expert_weights() -> tuple[Tensor, Tensor]:
+    """Random stacks of gate and up, and of down."""
+    first, second = map(random_stack, STACKS)
+    return first, second
+
+
+def expert_block(
+    build: Callable[[Tensor, list[Tensor]], Stack], weights: tuple[Tensor, Tensor], tokens: int
+) -> Block:
+    """Eight experts of each token, weighted and summed; ValueError if an answer is wrong.
+
+    Rows come sorted by expert, as `choices` gives them; which token a row belongs to does not
+    matter for the time, so that here row i is of token i / 8.
+    """
+    chosen = choices(tokens, STACKS[0].experts)
+    gate_up, down = (build(weight, chosen) for weight in weights)
+    count = tokens * EXPERTS_EACH
+    shapes = [(count, shape.columns) for shape in STACKS]
+    inputs = [torch.randn(shape, dtype=torch.bfloat16, device="cuda") for shape in shapes]
+    for stack, x in zip((gate_up, down), inputs, strict=True):
+        error = stack_error(stack, x, chosen[0])
+        if not error <= 3e-3:
+            raise ValueError(f"relative error {error:.2g}")
+    shares = torch.rand(tokens, 1, EXPERTS_EACH, dtype=torch.bfloat16, device="cuda")
+
+    def launch(index: int) -> object:
+        both = gate_up.multiply(inputs[0], index)
+        outputs = down.multiply(gated(both), index)
+        return shares @ outputs.view(tokens, EXPERTS_EACH, -1)
+
+    return Block(launch, len(chosen), bytes_read(gate_up, chosen) + bytes_read(down, chosen))

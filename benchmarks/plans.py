@@ -1,0 +1,85 @@
+"""Questions that kernels put to `conclave.kernels.tuning`, and the answers worth trying."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+from conclave.kernels import tuning
+from conclave.kernels.workspace import COUNTERS, PARTIALS
+
+Plan = tuple[int, ...]
+_STEPS = (2, 3, 4, 5, 6, 8, 12)
+"""Steps along K of a warp."""
+_SPLITS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24)
+
+
+class Asked(NamedTuple):
+    """One question: the function, and its arguments but the device."""
+
+    function: str
+    """"gemv_plan" or "matmul_splits"."""
+    arguments: tuple[int, ...]
+
+
+def key_of(asked: Asked) -> str:
+    """Where the table has the answer."""
+    if asked.function == "gemv_plan":
+        tiles, pieces, tokens, copies = asked.arguments
+        return f"gemv {tokens} {tiles}x{pieces}x{copies}"
+    tiles, chunks, blocks, tokens = asked.arguments
+    return f"matmul {tokens} {tiles}x{chunks}x{blocks}"
+
+
+def rule_of(asked: Asked, processors: int) -> Plan:
+    """The answer without a table."""
+    if asked.function == "gemv_plan":
+        return tuning.gemv_rule(*asked.arguments)
+    return (tuning.matmul_rule(processors, *asked.arguments),)
+
+
+def plans_for(asked: Asked) -> list[Plan]:
+    """Answers to try: what the workspace has room for."""
+    if asked.function == "gemv_plan":
+        tiles, pieces, tokens, copies = asked.arguments
+        plans = {(warps, -(-pieces // (warps * steps))) for warps in (1, 2, 4) for steps in _STEPS}
+        return sorted(plan for plan in plans if _fits(plan[1], tiles * copies, tokens))
+    tiles, chunks, blocks, tokens = asked.arguments
+    splits = {-(-chunks // -(-chunks // wanted)) for wanted in _SPLITS if wanted <= chunks}
+    return sorted((count,) for count in splits if _fits(count, tiles * blocks, tokens))
+
+
+def _fits(splits: int, tiles: int, tokens: int) -> bool:
+    return splits == 1 or (tiles <= COUNTERS and splits * tiles * 128 * tokens <= PARTIALS)
+
+
+@contextlib.contextmanager
+def answered(function: str, answer: Callable[..., Any]) -> Iterator[None]:
+    """While this lasts, `answer` answers for `function` in every module of the kernels."""
+    with contextlib.ExitStack() as stack:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("conclave.kernels.") and hasattr(module, function):
+                stack.enter_context(patch.object(module, function, answer))
+        yield
+
+
+def questions(launch: Callable[[], object]) -> list[Asked]:
+    """What a launch asks."""
+    found: list[Asked] = []
+
+    def noting(function: str) -> Callable[..., Any]:
+        original = getattr(tuning, function)
+
+        def answer(device: Any, *arguments: int) -> Any:
+            found.append(Asked(function, arguments))
+            return original(device, *arguments)
+
+        return answer
+
+    with (
+        answered("gemv_plan", noting("gemv_plan")),
+        answered("matmul_splits", noting("matmul_splits")),
+    ):
+        launch()
+    return list(dict.fromkeys(found))
