@@ -7,9 +7,9 @@ arena after the other: stub workers, real engines, a fleet in a Ray cluster of t
 
 import argparse
 import asyncio
+import json
 import random
 import tempfile
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from statistics import median, quantiles
@@ -101,13 +101,19 @@ def main() -> None:
     parser.add_argument("--arena", choices=ARENAS, help="only this one")
     parser.add_argument("--fault", default="", help="only faults whose name holds this")
     parser.add_argument("--folder", type=Path, help="keep the ledgers here")
+    parser.add_argument(
+        "--read", action="store_true", help="inject nothing; judge the ledgers in the folder again"
+    )
     parser.add_argument("--dry", action="store_true", help="print only; write no result")
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="soak"))
     folder.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
     ledgers: dict[str, list[Entry]] = {}
     for name in [options.arena] if options.arena else ARENAS:
+        if options.read:
+            lines = (folder / f"{name}.jsonl").read_text().splitlines()
+            ledgers[name] = [json.loads(line) for line in lines]
+            continue
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             ledgers[name] = runner.run(soak(name, options, folder))
     verdicts = {name: check(entries) for name, entries in ledgers.items()}
@@ -115,7 +121,8 @@ def main() -> None:
         print(f"{name}: {verdict}")
     print(f"ledgers: {folder}")
     if not options.dry:
-        save(figures(verdicts, ledgers) | {"seconds": time.monotonic() - began})
+        times = [entry["t"] for entries in ledgers.values() for entry in entries]
+        save(figures(verdicts, ledgers) | {"seconds": max(times) - min(times)})
 
 
 def save(found: dict[str, Any]) -> None:

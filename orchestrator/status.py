@@ -60,11 +60,14 @@ class Failure(Exception):
         """The failure of a call to a worker.
 
         Nobody cancels a call and then looks at its status, so CANCELLED is a server that stops.
+        INTERNAL without our details is gRPC's own, of a connection that broke in the middle of an
+        operation: a worker that fails says so with details.
         """
-        code = error.code()
-        if code is grpc.StatusCode.CANCELLED:
+        code, details = error.code(), details_of(error.trailing_metadata())
+        lost = code is grpc.StatusCode.INTERNAL and details is None
+        if code is grpc.StatusCode.CANCELLED or lost:
             code = grpc.StatusCode.UNAVAILABLE
-        return cls(code, error.details() or code.name, details_of(error.trailing_metadata()))
+        return cls(code, error.details() or code.name, details)
 
     @classmethod
     def of_status(cls, packed: bytes) -> "Failure":

@@ -92,8 +92,9 @@ def check(entries: Sequence[Entry]) -> Verdict:
     histories = _histories(entries)
     faults = [entry for entry in entries if entry["kind"] == "fault"]
     found = [*_faults(entries, faults), *_signs(entries)]
+    healed = {entry["fault"]: entry["t"] for entry in entries if entry["kind"] == "healed"}
     for request, history in histories.items():
-        found += _request(request, history, _excuses(history, faults, entries))
+        found += _request(request, history, _excuses(history, faults, healed))
     return Verdict(
         violations=tuple(found),
         asks=len(histories),
@@ -140,11 +141,21 @@ def _add(history: History, entry: Entry) -> None:
         history.ended = min(history.ended, entry["t"])
 
 
+def _cut_behind(ends: Sequence[Entry], excuses: frozenset[str]) -> bool:
+    """Whether a stream ended well and a fault then cut the connection before gRPC's own end."""
+    return (
+        [end["how"] for end in ends] == ["finished", "status"]
+        and ends[1]["code"] == "UNAVAILABLE"
+        and "UNAVAILABLE" in excuses
+    )
+
+
 def _request(request: str, history: History, excuses: frozenset[str]) -> Iterator[Violation]:
     yield from history.gaps
     if history.late:
         yield Violation("after_end", request, f"{history.late} entries")
-    if len(history.ends) > 1:
+    ends = history.ends
+    if len(ends) > 1 and not _cut_behind(ends, excuses):
         hows = ", ".join(str(end["how"]) for end in history.ends)
         yield Violation("several_ends", request, hows)
     for output, ids in history.tokens.items():
@@ -216,19 +227,16 @@ def _whole_truth(request: str, history: History, output: int, got: int) -> Itera
         yield Violation("truncated", request, detail)
 
 
-def _excuses(history: History, faults: Sequence[Entry], entries: Sequence[Entry]) -> frozenset[str]:
+def _excuses(
+    history: History, faults: Sequence[Entry], healed: Mapping[Any, float]
+) -> frozenset[str]:
     """The codes that faults allow which were in force while the request was open."""
     codes: set[str] = set()
     for fault in faults:
-        healed = _time_of("healed", fault, entries)
-        if fault["allows"] and fault["t"] <= history.ended and history.begun <= healed:
+        end = healed.get(fault["fault"], float("inf"))
+        if fault["allows"] and fault["t"] <= history.ended and history.begun <= end:
             codes.update(fault["allows"])
     return frozenset(codes)
-
-
-def _time_of(kind: str, fault: Entry, entries: Sequence[Entry]) -> float:
-    times = (e["t"] for e in entries if e["kind"] == kind and e["fault"] == fault["fault"])
-    return float(next(times, float("inf")))
 
 
 def _faults(entries: Sequence[Entry], faults: Sequence[Entry]) -> Iterator[Violation]:

@@ -85,7 +85,7 @@ async def out_of_blocks(arena: EngineArena) -> str:
     sampling = pb.SamplingParams(temperature=0.8, seed=1, max_tokens=LONG, ignore_eos=True, n=2)
     prompt = pb.Prompt(text="Package: bash\nLanguage: en\n\n")
     question = Question(pb.GenerateRequest(prompt=prompt, sampling=sampling))
-    await asyncio.gather(*(arena.callers.ask(question) for _ in range(5)))
+    await asyncio.gather(*(arena.callers.ask(question) for _ in range(8)))
     count = await _preemptions(arena) - before
     return f"{count} sequences gave their blocks up" if count > 0 else ""
 

@@ -153,9 +153,23 @@ def test_every_kind_is_tried() -> None:
         [ask(), tokens(TRUTH[:3]), entry("cancel", request="r")],
         [ask(scores=2), entry("scored", request="r", count=2), finished()],
         [fault(allows=("UNAVAILABLE",)), effect(), ask(), failed(), healed(t=2.0)],
+        [
+            *(fault(allows=("UNAVAILABLE",)), effect(), *GOOD),
+            entry("end", request="r", how="status", code="UNAVAILABLE", message="m"),
+            healed(t=2.0),
+        ],
         [*GOOD, entry("rest", worker="w", running=0, waiting=0, blocks=0, open=0)],
     ],
-    ids=["plain", "stop", "early stop", "cancel", "score", "excused", "at rest"],
+    ids=[
+        "plain",
+        "stop",
+        "early stop",
+        "cancel",
+        "score",
+        "excused",
+        "cut behind its end",
+        "at rest",
+    ],
 )
 def test_accepts(entries: list[dict[str, Any]]) -> None:
     verdict = check(entries)
