@@ -22,6 +22,11 @@ MOST_TOKENS = 4
 PIECE = 64
 """Columns of a step."""
 _TILE = tl.constexpr(TILE)
+FEW_TYPES = (
+    *("*u8", "*bf16", "*bf16", "*i32", "*fp32", "*i32"),
+    *("i32", "i32", "i32", "i32", "i32", "fp32"),
+)
+"""Codes, scales, residual, experts, partials, counters; sizes and flags; the scale."""
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -38,6 +43,8 @@ def _gather(
     tokens,
     rows,
     columns,
+    added,
+    grouped,
     scale,
     KEPT: tl.constexpr,
     GROUP: tl.constexpr,
@@ -46,7 +53,7 @@ def _gather(
     row = tl.arange(0, _TILE)[:, None]
     token = tl.arange(0, TOKENS)[None, :]
     tile = tl.program_id(0).to(tl.int64)
-    if experts is not None:
+    if grouped > 0:
         tile += tl.load(experts + tl.program_id(2)) * tl.num_programs(0)
         x += tl.program_id(2) * columns
     codes += tile * (columns // 16 * KEPT * _TILE)
@@ -62,7 +69,7 @@ def _gather(
             part += value * held.to(tl.float32)
         own = tl.load(scales + piece * 64 // GROUP * _TILE + row)
         total += part * own.to(tl.float32)
-    meet(y, total, residual, scale, partials, counters, tokens, rows, TOKENS)
+    meet(y, total, residual, added, scale, partials, counters, tokens, rows, TOKENS)
 
 
 _gathered = Kernel(
@@ -77,17 +84,11 @@ def supports(format: Format, columns: int) -> bool:
 
 
 def variants() -> Iterator[Variant]:
-    """What the bundle holds: the usual formats, bfloat16, with and without a residual."""
+    """What the bundle holds: the usual formats, bfloat16 in and out."""
     for format in filter(lambda each: supports(each, PIECE), SHIPPED):
-        own = {"KEPT": format.kept, "GROUP": format.group}
-        for residual, experts in (("none", "none"), ("*bf16", "none"), ("none", "*i32")):
-            tensors = ("*bf16", "*bf16", "*u8", "*bf16", residual, experts, "*fp32", "*i32")
-            types = (*tensors, "i32", "i32", "i32", "fp32")
-            for tokens in (1, 2, 4) if experts == "none" else (1,):
-                constants = {**own, "TOKENS": tokens}
-                yield Variant(
-                    _gathered, (*types, "i32", "i32", "i32", "fp32"), constants, 4, 1, AMD
-                )
+        for tokens in (1, 2, 4):
+            constants = {"KEPT": format.kept, "GROUP": format.group, "TOKENS": tokens}
+            yield Variant(_gathered, ("*bf16", "*bf16", *FEW_TYPES), constants, 4, 1, AMD)
 
 
 def sparse_gather(
@@ -104,10 +105,15 @@ def sparse_gather(
     padded = 1 << (tokens - 1).bit_length()
     pieces = weight.columns // PIECE
     _, splits = gemv_plan(x.device, weight.tiles, pieces, padded, copies)
-    tensors = (weight.codes, weight.scales, residual, experts, *workspace(x.device))
+    partials, counters = workspace(x.device)
+    tensors = (
+        *(weight.codes, weight.scales, out if residual is None else residual),
+        *(counters if experts is None else experts, partials, counters),
+    )
+    flags = (int(residual is not None), int(experts is not None))
     _gathered.launch(
         (weight.tiles, splits, copies),
-        *(out, x, *tensors, tokens, weight.rows, weight.columns, float(scale)),
+        *(out, x, *tensors, tokens, weight.rows, weight.columns, *flags, float(scale)),
         constants={"KEPT": weight.format.kept, "GROUP": weight.format.group, "TOKENS": padded},
         warps=4,
         stages=1,

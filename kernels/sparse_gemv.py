@@ -27,10 +27,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .formats import SHIPPED, TILE, Format, PackedWeight
+from .formats import SHIPPED, TILE, PackedWeight
 from .launching.launch import Kernel, Variant
 from .launching.targets import NVIDIA, Target, target_of
-from .sparse_gather import PIECE, check_few, supports
+from .sparse_gather import FEW_TYPES, PIECE, check_few, supports
 from .tuning import gemv_plan
 from .workspace import meet, workspace
 
@@ -136,6 +136,8 @@ def _sparse_gemv(
     tokens,
     rows,
     columns,
+    added,
+    grouped,
     scale,
     KEPT: tl.constexpr,
     GROUP: tl.constexpr,
@@ -149,7 +151,7 @@ def _sparse_gemv(
     warp = tl.arange(0, WARPS)[:, None]
     step = tl.num_programs(1) * WARPS
     tile = tl.program_id(0).to(tl.int64)
-    if experts is not None:
+    if grouped > 0:
         if OVERLAP:
             tl.extra.cuda.gdc_wait()
         tile += tl.load(experts + tl.program_id(2)) * tl.num_programs(0)
@@ -165,7 +167,7 @@ def _sparse_gemv(
     pieces = columns // 64
     piece = tl.program_id(1) * WARPS + warp
     next_words = _words(words + piece * (4 * KEPT * 32), piece < pieces, 4 * KEPT)
-    if OVERLAP and experts is None:
+    if OVERLAP:
         tl.extra.cuda.gdc_wait()
     next_held = _activations(x, piece * 64 + lane % 16, piece < pieces, PAIRS)
     for first in range(tl.program_id(1) * WARPS, pieces, step):
@@ -224,7 +226,7 @@ def _sparse_gemv(
         both = tl.join(low, high)
     TOKENS: tl.constexpr = 2 * PAIRS if PAIRS else 1
     total = tl.sum(tl.reshape(both, [WARPS, _TILE, TOKENS]), 0) * 0.0625
-    meet(y, total, residual, scale, partials, counters, tokens, rows, TOKENS)
+    meet(y, total, residual, added, scale, partials, counters, tokens, rows, TOKENS)
 
 
 @triton.jit
@@ -267,30 +269,20 @@ _paired = Kernel(_pairs, name="token_pairs", grid="columns / 64, PAIRS", multipl
 
 
 def variants() -> Iterator[Variant]:
-    """What the bundle holds: the usual formats, bfloat16, with and without a residual."""
+    """What the bundle holds: the usual formats, bfloat16 in and out."""
     overlapping = tuple(target for target in NVIDIA if overlaps(target))
-    for pairs, target in product((1, 2), NVIDIA):
-        constants = {"PAIRS": pairs, "OVERLAP": overlaps(target)}
-        types = ("*i32", "*fp32", "*bf16", "i32", "i32")
-        yield Variant(_paired, types, constants, 1, 1, (target,), _options(overlaps(target)))
-    for format in filter(lambda each: supports(each, PIECE), SHIPPED):
-        for residual in ("none", "*bf16"):
-            yield from _variants(format, residual, "none", overlapping)
-        yield from _variants(format, "none", "*i32", overlapping)
-
-
-def _variants(
-    format: Format, residual: str, experts: str, overlapping: tuple[Target, ...]
-) -> Iterator[Variant]:
-    ends = ("*u8", "*bf16", residual, experts, "*fp32", "*i32", "i32", "i32", "i32", "fp32")
-    own = {"KEPT": format.kept, "GROUP": format.group}
-    others = tuple(target for target in NVIDIA if target not in overlapping)
-    for pairs in (0, 1, 2) if experts == "none" else (0,):
-        held = ("*i32", "*fp32") if pairs else ("*bf16", "none")
-        for targets, overlap in ((overlapping, True), (others, False)):
-            for warps in (1, 4):
+    others = tuple(target for target in NVIDIA if not overlaps(target))
+    for targets, overlap in ((overlapping, True), (others, False)):
+        for pairs in (1, 2):
+            types = ("*i32", "*fp32", "*bf16", "i32", "i32")
+            constants = {"PAIRS": pairs, "OVERLAP": overlap}
+            yield Variant(_paired, types, constants, 1, 1, targets, _options(overlap))
+        for format in filter(lambda each: supports(each, PIECE), SHIPPED):
+            own = {"KEPT": format.kept, "GROUP": format.group}
+            for pairs, warps in product((0, 1, 2), (1, 4)):
+                held = ("*i32", "*fp32") if pairs else ("*bf16", "none")
+                types = ("*bf16", *held, *FEW_TYPES)
                 constants = {**own, "PAIRS": pairs, "WARPS": warps, "OVERLAP": overlap}
-                types = ("*bf16", *held, *ends)
                 yield Variant(_shuffled, types, constants, warps, 1, targets, _options(overlap))
 
 
@@ -321,8 +313,14 @@ def sparse_gemv(
     check_few(x, weight, out, residual, experts)
     tokens, copies = (1, len(x)) if experts is not None else (len(x), 1)
     partials, counters = workspace(x.device)
-    tensors = (weight.codes, weight.scales, residual, experts, partials, counters)
-    numbers = (tokens, weight.rows, weight.columns, float(scale))
+    tensors = (
+        *(weight.codes, weight.scales, out if residual is None else residual),
+        *(counters if experts is None else experts, partials, counters),
+    )
+    numbers = (
+        *(tokens, weight.rows, weight.columns),
+        *(int(residual is not None), int(experts is not None), float(scale)),
+    )
     pieces = weight.columns // PIECE
     own = {"KEPT": weight.format.kept, "GROUP": weight.format.group}
     overlap = overlaps(target_of(x.get_device()))

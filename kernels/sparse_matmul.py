@@ -49,6 +49,7 @@ def _sparse_mma(
     tokens,
     rows,
     columns,
+    added,
     scale,
     KEPT: gl.constexpr,
     GROUP: gl.constexpr,
@@ -111,7 +112,9 @@ def _sparse_mma(
     token = gl.program_id(0) * TOKENS + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, MMA))[:, None]
     flat = gl.arange(0, TOKENS, layout=gl.SliceLayout(1, MMA))[:, None] * _TILE + c[None, :]
     row = (tile * _TILE + row)[None, :]
-    meet_distributed(y, total, residual, scale, partials, counters, tokens, rows, row, token, flat)
+    meet_distributed(
+        y, total, residual, added, scale, partials, counters, tokens, rows, row, token, flat
+    )
 
 
 @gluon.jit
@@ -148,6 +151,7 @@ def _sparse_wgmma(
     tokens,
     rows,
     columns,
+    added,
     scale,
     KEPT: gl.constexpr,
     GROUP: gl.constexpr,
@@ -241,7 +245,9 @@ def _sparse_wgmma(
     token = gl.program_id(0) * TOKENS + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, MMA))[None, :]
     flat = r[:, None] * TOKENS + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, MMA))[None, :]
     row = (tile * _TILE + row)[:, None]
-    meet_distributed(y, total, residual, scale, partials, counters, tokens, rows, row, token, flat)
+    meet_distributed(
+        y, total, residual, added, scale, partials, counters, tokens, rows, row, token, flat
+    )
 
 
 _MULTIPLES = ("columns",)
@@ -272,20 +278,18 @@ def _plan(format: Format, tokens: int, hopper: bool) -> tuple[Kernel, dict[str, 
 
 
 def variants() -> Iterator[Variant]:
-    """What the bundle holds: the usual formats, with and without a residual."""
+    """What the bundle holds: the usual formats."""
     for target in NVIDIA:
         overlap = target.capability >= 90
         constants = {"BLOCK": _BLOCK, "OVERLAP": overlap}
         types = ("*bf16", "*bf16", "i32")
         yield Variant(_interleaved, types, constants, 4, 1, (target,), _options(overlap))
+    types = ("*bf16", "*bf16", "*u8", "*bf16", "*bf16", "*fp32", "*i32", *["i32"] * 4, "fp32")
     for format in filter(lambda each: supports(each, STEP * 2), SHIPPED):
-        for residual in ("none", "*bf16"):
-            types = ("*bf16", "*bf16", "*u8", "*bf16", residual, "*fp32", "*i32")
-            for targets, sizes in ((_HOPPER, (16, 32, 64, 128)), (_OTHERS, (16, 32, 64))):
-                for tokens in sizes:
-                    kernel, constants = _plan(format, tokens, targets is _HOPPER)
-                    numbers = ("i32", "i32", "i32", "fp32")
-                    yield Variant(kernel, (*types, *numbers), constants, WARPS, 1, targets)
+        for targets, sizes in ((_HOPPER, (16, 32, 64, 128)), (_OTHERS, (16, 32, 64))):
+            for tokens in sizes:
+                kernel, constants = _plan(format, tokens, targets is _HOPPER)
+                yield Variant(kernel, types, constants, WARPS, 1, targets)
 
 
 def _options(overlap: bool) -> dict[str, bool]:
@@ -328,8 +332,9 @@ def sparse_matmul(
     )
     kernel.launch(
         (blocks, weight.tiles, splits),
-        *(out, ordered, weight.codes, weight.scales, residual, *workspace(x.device)),
-        *(tokens, weight.rows, weight.columns, float(scale)),
+        *(out, ordered, weight.codes, weight.scales, out if residual is None else residual),
+        *workspace(x.device),
+        *(tokens, weight.rows, weight.columns, int(residual is not None), float(scale)),
         constants=constants,
         warps=WARPS,
         stages=1,

@@ -52,15 +52,14 @@ def workspace(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def finish(y, total, residual, scale, place, fits):
-    """Stores (total + residual) * scale, rounded once."""
-    if residual is not None:
-        total += tl.load(residual + place, mask=fits, other=0.0).to(tl.float32)
+def finish(y, total, residual, added, scale, place, fits):
+    """Stores (total + residual) * scale, rounded once; without the residual if `added` is 0."""
+    total += tl.load(residual + place, mask=fits & (added > 0), other=0.0).to(tl.float32)
     tl.store(y + place, (total * scale).to(y.dtype.element_ty), mask=fits)
 
 
 @triton.jit
-def meet(y, total, residual, scale, partials, counters, tokens, rows, TOKENS: tl.constexpr):
+def meet(y, total, residual, added, scale, partials, counters, tokens, rows, TOKENS: tl.constexpr):
     """Adds the splits' sums `total` [128, TOKENS] and stores the rows of the program's tile."""
     tile = tl.program_id(0)
     copy = tl.program_id(2)
@@ -70,7 +69,7 @@ def meet(y, total, residual, scale, partials, counters, tokens, rows, TOKENS: tl
     fits = (row < rows) & (token < tokens)
     place = (copy * TOKENS + token) * rows + row
     if splits == 1:
-        finish(y, total, residual, scale, place, fits)
+        finish(y, total, residual, added, scale, place, fits)
     else:
         area = tl.num_programs(0) * _TILE * TOKENS
         own = partials + copy * splits * area + tile * _TILE * TOKENS
@@ -82,25 +81,26 @@ def meet(y, total, residual, scale, partials, counters, tokens, rows, TOKENS: tl
             total = tl.zeros([_TILE, TOKENS], tl.float32)
             for split in range(splits):
                 total += tl.load(own + split * area, cache_modifier=".cg")
-            finish(y, total, residual, scale, place, fits)
+            finish(y, total, residual, added, scale, place, fits)
             tl.atomic_xchg(counter, 0, sem="relaxed")
 
 
 @gluon.jit
-def _finish_distributed(y, total, residual, scale, place, fits):
-    if residual is not None:
-        total += gl.load(residual + place, mask=fits, other=0.0).to(gl.float32)
+def _finish_distributed(y, total, residual, added, scale, place, fits):
+    total += gl.load(residual + place, mask=fits & (added > 0), other=0.0).to(gl.float32)
     gl.store(y + place, (total * scale).to(y.dtype.element_ty), mask=fits)
 
 
 @gluon.jit
-def meet_distributed(y, total, residual, scale, partials, counters, tokens, rows, row, token, flat):
+def meet_distributed(
+    y, total, residual, added, scale, partials, counters, tokens, rows, row, token, flat
+):
     """`meet` in Gluon, for sums of any shape: `flat` numbers the elements of a program's."""
     place = token * rows + row
     fits = (token < tokens) & (row < rows)
     splits = gl.num_programs(2)
     if splits == 1:
-        _finish_distributed(y, total, residual, scale, place, fits)
+        _finish_distributed(y, total, residual, added, scale, place, fits)
     else:
         program = gl.program_id(0) * gl.num_programs(1) + gl.program_id(1)
         area = gl.num_programs(0) * gl.num_programs(1) * total.numel
@@ -111,5 +111,5 @@ def meet_distributed(y, total, residual, scale, partials, counters, tokens, rows
             total = gl.zeros_like(total)
             for split in range(splits):
                 total += gl.load(own + split * area, cache_modifier=".cg")
-            _finish_distributed(y, total, residual, scale, place, fits)
+            _finish_distributed(y, total, residual, added, scale, place, fits)
             gl.atomic_xchg(counters + program, 0, sem="relaxed")
