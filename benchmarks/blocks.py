@@ -5,19 +5,18 @@ The linears of a sliding layer of the 31B model in their order, and the experts 
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .contestants import Builder, Contestant, error_of
-from .experts import Stack, bytes_read, choices, random_stack, stack_error
+from .contestants import Builder, Contestant, check
+from .experts import Stack, bytes_read, check_stack, choices, random_stack
 from .shapes import EXPERTS_EACH, STACKS
 
 _SLIDING = ((16384, 5376), (5376, 8192), (43008, 5376), (5376, 21504))
 """q, k and v; o; gate and up; down."""
-Row = dict[str, Any]
 
 
 class Block(NamedTuple):
@@ -45,11 +44,9 @@ def sliding_layer(build: Builder) -> list[Contestant]:
 
 
 def sliding_block(layer: list[Contestant], tokens: int) -> Block:
-    """`layer` for so many tokens; ValueError if a linear's answer is wrong."""
+    """`layer` for so many tokens, checked."""
     for linear in layer:
-        error = error_of(linear, tokens)
-        if not error <= linear.most_error:
-            raise ValueError(f"relative error {error:.2g} of {tuple(linear.truth.shape)}")
+        check(linear, tokens)
     qkv, o, gate_up, down = layer
     x, mixed = qkv.activations(tokens), o.activations(tokens)
 
@@ -71,24 +68,20 @@ def expert_weights() -> tuple[Tensor, Tensor]:
 def expert_block(
     build: Callable[[Tensor, list[Tensor]], Stack], weights: tuple[Tensor, Tensor], tokens: int
 ) -> Block:
-    """Eight experts of each token, weighted and summed; ValueError if an answer is wrong.
+    """Eight experts of each token, weighted and summed; checked.
 
     Rows come sorted by expert, as `choices` gives them; which token a row belongs to does not
     matter for the time, so that here row i is of token i / 8.
     """
     chosen = choices(tokens, STACKS[0].experts)
     gate_up, down = (build(weight, chosen) for weight in weights)
-    count = tokens * EXPERTS_EACH
-    shapes = [(count, shape.columns) for shape in STACKS]
-    inputs = [torch.randn(shape, dtype=torch.bfloat16, device="cuda") for shape in shapes]
-    for stack, x in zip((gate_up, down), inputs, strict=True):
-        error = stack_error(stack, x, chosen[0])
-        if not error <= 3e-3:
-            raise ValueError(f"relative error {error:.2g}")
+    x = gate_up.activations(tokens)
+    check_stack(gate_up, x, chosen[0])
+    check_stack(down, down.activations(tokens), chosen[0])
     shares = torch.rand(tokens, 1, EXPERTS_EACH, dtype=torch.bfloat16, device="cuda")
 
     def launch(index: int) -> object:
-        both = gate_up.multiply(inputs[0], index)
+        both = gate_up.multiply(x, index)
         outputs = down.multiply(gated(both), index)
         return shares @ outputs.view(tokens, EXPERTS_EACH, -1)
 

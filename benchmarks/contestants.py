@@ -53,17 +53,28 @@ class Contestant:
         return torch.randn(shape, device=device, dtype=self.dtype)
 
 
-def error_of(contestant: Contestant, tokens: int) -> float:
-    """|answer - truth| / |truth| (2-norms) of fresh random activations, in float64.
+class WrongAnswer(Exception):
+    """Further from the truth than rounding explains; such a kernel gets no time."""
 
-    NaN if an element was not written: freed memory that the answer may come to lie in is filled
-    with NaN.
+
+def relative_error(answer: Tensor, wanted: Tensor, most: float) -> float:
+    """|answer - wanted| / |wanted| (2-norms); `WrongAnswer` if that is more than `most`, or NaN."""
+    error = float((answer.double() - wanted).norm() / wanted.norm())
+    if not error <= most:
+        raise WrongAnswer(f"relative error {error:.2g}")
+    return error
+
+
+def check(contestant: Contestant, tokens: int) -> float:
+    """The relative error for fresh random activations, against float64.
+
+    An element that nobody writes shows: freed memory, where the answer will lie, is filled with NaN
+    before.
     """
     x = contestant.activations(tokens)
     wanted = x.double() @ contestant.truth.double().T
     torch.full(wanted.shape, torch.nan, dtype=torch.bfloat16, device=x.device)
-    answer = contestant.multiply(x, 0).double()
-    return float((answer - wanted).norm() / wanted.norm())
+    return relative_error(contestant.multiply(x, 0), wanted, contestant.most_error)
 
 
 Builder = Callable[[Tensor], Iterator[Contestant]]

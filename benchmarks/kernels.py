@@ -8,47 +8,26 @@ card; gemlite and torchao take part if they are installed.
 """
 
 import argparse
-import gc
+import math
 import shutil
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
 
-from .blocks import Block, expert_block, expert_weights, sliding_block, sliding_layer
-from .clock import Time, copy_rate, launches_over, matmul_rate, replayed
-from .contestants import (
-    CUBLAS,
-    DENSE4,
-    GEMLITE,
-    SPARSE,
-    Builder,
-    Contestant,
-    error_of,
-)
-from .experts import (
-    LAUNCHES,
-    Stack,
-    bytes_read,
-    choices,
-    own_stack,
-    random_stack,
-    stack_error,
-    vendor_stack,
-)
-from .kinds import EVERYWHERE, HEADLINE_ONLY, takes, warm
+from .clock import copy_rate, matmul_rate
+from .contestants import CUBLAS, DENSE4, GEMLITE, SPARSE
+from .kinds import EVERYWHERE, HEADLINE_ONLY, warm
+from .measurements import block_rows, rows_of, stack_rows
 from .records import HEADLINE as HEADLINE_FILE
 from .records import RESULTS, machine, write_headline, write_result
-from .rows import Row, add_ratios, draw, fastest, find, measured, pivot, ratio, refused
-from .shapes import EXPERTS_EACH, HEADLINE, LINEARS, STACKS, Shape, tokens_of
+from .rows import Row, add_ratios, draw, find, pivot, ratio
+from .shapes import HEADLINE, LINEARS, STACKS, Shape, tokens_of
 
-Timer = Callable[..., Time]
 console = Console(stderr=True)
-
+QUICK = (1, 8, 64)
 GOALS = (1, 8, 64, 256, 4096)
 """Batch sizes of the headline figures."""
 
@@ -67,7 +46,6 @@ def main() -> None:
         raise SystemExit("no GPU; this measures kernels on one")
     torch.manual_seed(0)
     figures = measure(options)
-    report(figures)
     if not options.dry:
         save(figures, options.out)
 
@@ -75,21 +53,14 @@ def main() -> None:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All figures."""
     with console.status("compiling"):
-        warm(HEADLINE, options.tokens or tokens_of(HEADLINE), peers=not options.quick)
+        warm(HEADLINE, batches(HEADLINE, options), peers=not options.quick)
     copy, matmul = copy_rate(), matmul_rate()
-    rows: list[Row] = []
-    linears, stacks = (chosen_shapes(some, options) for some in (LINEARS, STACKS))
-    for shape in track(linears, "linears", console=console):
-        tokens = options.tokens or ((1, 8, 64) if options.quick else tokens_of(shape))
-        wide = options.all or (shape == HEADLINE and not options.quick)
-        weight = torch.randn(shape.rows, shape.columns, dtype=torch.bfloat16, device="cuda")
-        for kind, build in (EVERYWHERE | HEADLINE_ONLY if wide else EVERYWHERE).items():
-            rows += rows_of(kind, build, weight, str(shape), tokens, copy.median)
-    for shape in track(stacks, "experts", console=console):
-        for tokens in options.tokens or tokens_of(shape):
-            rows += stack_rows(shape, tokens, copy.median)
-    add_ratios(rows)
-    blocks = [] if options.quick or options.shapes else block_rows(copy.median)
+    rate = copy.median
+    print(f"{machine()}: copy {rate:.0f} GB/s, bf16 matmul {matmul.median:.0f} TFLOP/s")
+    rows = [row for shape in chosen(LINEARS, options) for row in linear_rows(shape, rate, options)]
+    for shape in chosen(STACKS, options):
+        rows += told(stack_rows(shape, batches(shape, options), rate))
+    blocks = [] if options.quick or options.shapes else told(block_rows(rate))
     return {
         "copy_gb_per_s": copy._asdict(),
         "matmul_tflops": matmul._asdict(),
@@ -99,7 +70,24 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def chosen_shapes(shapes: tuple[Shape, ...], options: argparse.Namespace) -> list[Shape]:
+def linear_rows(shape: Shape, rate: float, options: argparse.Namespace) -> list[Row]:
+    """All kinds at one shape."""
+    wide = options.all or (shape == HEADLINE and not options.quick)
+    weight = torch.randn(shape.rows, shape.columns, dtype=torch.bfloat16, device="cuda")
+    found = (
+        row
+        for kind, build in (EVERYWHERE | HEADLINE_ONLY if wide else EVERYWHERE).items()
+        for row in rows_of(kind, build, weight, str(shape), batches(shape, options), rate)
+    )
+    return told(found)
+
+
+def batches(shape: Shape, options: argparse.Namespace) -> tuple[int, ...]:
+    """Numbers of tokens."""
+    return tuple(options.tokens or (QUICK if options.quick else tokens_of(shape)))
+
+
+def chosen(shapes: tuple[Shape, ...], options: argparse.Namespace) -> list[Shape]:
     """Those that the options name by model or by size."""
     if options.quick:
         return [shape for shape in shapes if shape == HEADLINE]
@@ -107,129 +95,22 @@ def chosen_shapes(shapes: tuple[Shape, ...], options: argparse.Namespace) -> lis
     return [shape for shape in shapes if not names or shape.model in names or str(shape) in names]
 
 
-def rows_of(
-    kind: str,
-    build: Builder,
-    weight: torch.Tensor,
-    shape: str,
-    tokens: Iterable[int],
-    rate: float,
-    timer: Timer = replayed,
-) -> list[Row]:
-    """What one kind does with one weight, at each number of tokens that it takes."""
-    try:
-        ways = list(build(weight))
-    except ImportError:
-        return [refused(kind, shape, count, "absent") for count in tokens]
-    except Exception as error:
-        return [refused(kind, shape, count, _message(error)) for count in tokens]
-    rows = []
-    for count in tokens:
-        fitting = [way for way in ways if takes(way, count)]
-        if fitting:
-            rows.append(fastest([row_of(way, shape, count, rate, timer) for way in fitting]))
-    del ways
-    release()
+def told(found: Iterator[Row]) -> list[Row]:
+    """Each row printed as it comes, with its ratio: cuBLAS comes first."""
+    rows: list[Row] = []
+    for row in found:
+        rows.append(row)
+        add_ratios(rows)
+        line = f"{row['shape']:14} {row['tokens']:5d} {row['kind']:15}"
+        if row["us"]:
+            line += f" {row['us']:9.1f} us {row['vs_cublas'] or math.nan:6.2f}x"
+            line += "".join(
+                f"  {name} {row[name]:.3g}"
+                for name in ("gb_per_s", "of_copy", "error", "limit_us", "of_limit")
+                if name in row
+            )
+        print(line, row["note"], flush=True)
     return rows
-
-
-def row_of(way: Contestant, shape: str, tokens: int, rate: float, timer: Timer) -> Row:
-    """Check one way to multiply, then time it."""
-    try:
-        error = error_of(way, tokens)
-        if not error <= way.most_error:
-            return refused(way.kind, shape, tokens, f"wrong: relative error {error:.2g}")
-        x = way.activations(tokens)
-        launches = launches_over(way.copies, 12 if tokens <= 64 else 6)
-        time = timer(lambda index: way.multiply(x, index % way.copies), launches)
-    except Exception as fault:
-        return refused(way.kind, shape, tokens, _message(fault))
-    row = measured(way.kind, shape, tokens, time, way.nbytes, rate)
-    return {**row, "error": error, "note": way.way}
-
-
-def stack_rows(shape: Shape, tokens: int, rate: float) -> list[Row]:
-    """Experts by our kernel and by torch's grouped matmul; `tokens` have eight rows each."""
-    weight, chosen = random_stack(shape), choices(tokens, shape.experts)
-    x = torch.randn(tokens * EXPERTS_EACH, shape.columns, dtype=weight.dtype, device="cuda")
-    rows = []
-    for kind, build in ((CUBLAS, vendor_stack), (SPARSE, own_stack)):
-        try:
-            stack: Stack = build(weight, chosen)
-            error = stack_error(stack, x, chosen[0])
-            if not error <= 3e-3:
-                rows.append(refused(kind, str(shape), tokens, f"wrong: relative error {error:.2g}"))
-                continue
-            time = replayed(partial(stack.multiply, x), LAUNCHES)
-        except Exception as fault:
-            rows.append(refused(kind, str(shape), tokens, _message(fault)))
-            continue
-        row = measured(kind, str(shape), tokens, time, bytes_read(stack, chosen), rate)
-        rows.append({**row, "error": error, "note": f"{EXPERTS_EACH} experts a token"})
-        release()
-    return rows
-
-
-def block_rows(rate: float) -> list[Row]:
-    """Whole layers, each as one graph."""
-    rows = []
-    for kind, build in track(EVERYWHERE.items(), "layers of 31B", console=console):
-        layer = sliding_layer(build)
-        for tokens in (1, 8, 64):
-            rows.append(block_row("31B layer", kind, tokens, partial(sliding_block, layer), rate))
-        del layer
-        release()
-    weights = expert_weights()
-    for kind, builder in ((CUBLAS, vendor_stack), (SPARSE, own_stack)):
-        for tokens in track((1, 8, 64), f"experts of 26B, {kind}", console=console):
-            make = partial(expert_block, builder, weights)
-            rows.append(block_row("26B experts", kind, tokens, make, rate))
-            release()
-    return rows
-
-
-def block_row(name: str, kind: str, tokens: int, make: Callable[[int], Block], rate: float) -> Row:
-    """One block, timed; `limit_us` is what reading its bytes takes at the rate of a copy."""
-    row: Row = {"block": name, "kind": kind, "tokens": tokens}
-    measures = ("us", "low", "high", "limit_us", "of_limit")
-    try:
-        block = make(tokens)
-        time = replayed(block.launch, block.launches)
-    except Exception as fault:
-        return {**row, **dict.fromkeys(measures), "note": _message(fault)}
-    limit = block.nbytes / rate / 1e3
-    values = (*time, limit, limit / time.median)
-    return {**row, **dict(zip(measures, values, strict=True)), "note": ""}
-
-
-def release() -> None:
-    """Give memory back before the next weights."""
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
-def _message(fault: Exception) -> str:
-    first, *_ = str(fault).strip().splitlines() or [""]
-    return f"{type(fault).__name__}: {first[:120]}"
-
-
-def report(figures: dict[str, Any]) -> None:
-    """Say the figures in a table."""
-    copy, matmul = figures["copy_gb_per_s"]["median"], figures["matmul_tflops"]["median"]
-    print(f"{machine()}: copy {copy:.0f} GB/s, bf16 matmul {matmul:.0f} TFLOP/s")
-    for row in figures["rows"]:
-        line = f"{row['shape']:16} {row['tokens']:5d} {row['kind']:15}"
-        if row["us"] is None:
-            print(f"{line} {row['note']}")
-            continue
-        print(
-            f"{line} {row['us']:9.1f} us {row['vs_cublas'] or 0:5.2f}x {row['gb_per_s']:6.0f} GB/s "
-            f"{row['of_copy']:5.2f} of copy, error {row['error']:.1e} {row['note']}"
-        )
-    for row in figures["blocks"]:
-        line = f"{row['block']:16} {row['tokens']:5d} {row['kind']:15}"
-        time = f"{row['us']:9.1f} us, limit {row['limit_us']:.1f}" if row["us"] else row["note"]
-        print(line, time)
 
 
 def save(figures: dict[str, Any], out: Path | None) -> None:

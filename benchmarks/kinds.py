@@ -57,7 +57,8 @@ def warm(shape: Shape, tokens: Iterable[int], peers: bool) -> None:
     units = [(kind, shape, count) for kind, count in product(reversed(kinds), tokens)]
     workers = min(12, len(sched_getaffinity(0)))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        list(pool.map(_touch, units))
+        for _ in pool.map(_touch, units):
+            pass
 
 
 def _touch(unit: tuple[str, Shape, int]) -> None:
@@ -73,3 +74,5 @@ def _touch(unit: tuple[str, Shape, int]) -> None:
         torch.cuda.synchronize()
     except Exception:
         return
+    finally:
+        torch.cuda.empty_cache()

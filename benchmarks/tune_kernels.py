@@ -41,7 +41,7 @@ def main() -> None:
         raise SystemExit("no GPU; this measures kernels on one")
     torch.manual_seed(0)
     card = torch.cuda.get_device_name()
-    own: dict[str, list[int]] = {}
+    own = dict(tuning.tuned_entries().get(card, {}))
     for shape in track((*LINEARS, *STACKS), "tuning", console=console):
         for work in works(shape):
             for asked in questions(partial(work.launch, 0)):
@@ -50,6 +50,7 @@ def main() -> None:
                     f"{shape!s:14} {work.tokens:4d}  {key_of(asked):24} "
                     f"rule {rule!s:9} best {best!s:9} {gain:.3f}x"
                 )
+                own.pop(key_of(asked), None)
                 if gain > LEAST_GAIN:
                     own[key_of(asked)] = list(best)
         gc.collect()

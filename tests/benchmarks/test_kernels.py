@@ -12,7 +12,7 @@ from benchmarks import contestants, rows
 from benchmarks.clock import Time, launches_over
 from benchmarks.contestants import CUBLAS, DENSE4, INT8, SPARSE, Contestant, cublas, int8, ours
 from benchmarks.experts import choices
-from benchmarks.kernels import rows_of
+from benchmarks.measurements import rows_of
 from benchmarks.shapes import LINEARS, STACKS, group_of
 from conclave.kernels.formats import SHIPPED, Format
 
@@ -55,7 +55,7 @@ def test_wrong_answers_get_none() -> None:
             )
 
     for row in rows_of("x", wrong, weight(), "128x256", [1, 2], 1000.0, clock):
-        assert row["us"] is None and row["note"].startswith("wrong: relative error")
+        assert row["us"] is None and row["note"].startswith("WrongAnswer: relative error")
 
 
 def test_who_is_missing_or_fails_says_so() -> None:
