@@ -143,7 +143,8 @@ def _blocks(packed: PackedWeight) -> Iterator[tuple[int, int, int]]:
 
 def _tiled(values: Tensor) -> Tensor:
     """[T, ..., 128] of values with all rows last, [..., R']."""
-    return values.unflatten(-1, (-1, TILE)).movedim(-2, 0)
+    tiles: Tensor = values.unflatten(-1, (-1, TILE))
+    return tiles.movedim(-2, 0)
 
 
 def _flat(tiles: Tensor) -> Tensor:

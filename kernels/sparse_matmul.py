@@ -281,9 +281,9 @@ def variants() -> Iterator[Variant]:
     """What the bundle holds: the usual formats."""
     for target in NVIDIA:
         overlap = target.capability >= 90
-        constants = {"BLOCK": _BLOCK, "OVERLAP": overlap}
-        types = ("*bf16", "*bf16", "i32")
-        yield Variant(_interleaved, types, constants, 4, 1, (target,), _options(overlap))
+        order = {"BLOCK": _BLOCK, "OVERLAP": overlap}
+        copied = ("*bf16", "*bf16", "i32")
+        yield Variant(_interleaved, copied, order, 4, 1, (target,), _options(overlap))
     types = ("*bf16", "*bf16", "*u8", "*bf16", "*bf16", "*fp32", "*i32", *["i32"] * 4, "fp32")
     for format in filter(lambda each: supports(each, STEP * 2), SHIPPED):
         for targets, sizes in ((_HOPPER, (16, 32, 64, 128)), (_OTHERS, (16, 32, 64))):

@@ -1,5 +1,7 @@
 """The op that models call: shapes, fake tensors, refusals; on a card all its paths and graphs."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -42,8 +44,8 @@ def test_experts() -> None:
 def test_fake_tensors_and_the_compiler() -> None:
     weight = weight_of("5:16-int4-g64", 80, 64)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        x = mode.from_tensor(torch.randn(2, 3, 64, device=DEVICES[0]))
-        assert linear(x, weight).shape == (2, 3, 80)
+        fake = mode.from_tensor(torch.randn(2, 3, 64, device=DEVICES[0]))
+        assert linear(fake, weight).shape == (2, 3, 80)
     x = torch.randn(3, 64, device=DEVICES[0])
     compiled = torch.compile(lambda x: linear(x, weight) + 1, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), linear(x, weight) + 1)
@@ -52,7 +54,7 @@ def test_fake_tensors_and_the_compiler() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     weight, stack = weight_of("5:16-int4-g64", 80, 64), weight_of("5:16-int4-g64", 2, 80, 64)
     x, experts = torch.zeros(2, 64, device=DEVICES[0]), torch.zeros(2, dtype=torch.int32)
-    wrong = {
+    wrong: dict[str, Callable[[], object]] = {
         "64 columns": lambda: linear(x[:, :32], weight),
         "residual is": lambda: linear(x, weight, x),
         "the weight on": lambda: linear(x.to("meta"), weight),

@@ -103,7 +103,7 @@ def test_what_does_not_fit_is_refused(few: Few, device: torch.device) -> None:
     x, out = torch.zeros(1, 64, device=device), torch.zeros(1, 32, device=device)
     stack = weight_of("5:16-int4-g64", device, 2, 32, 64)
     eight = weight_of("5:16-int8-g64", device, 32, 64)
-    wrong = {
+    wrong: dict[str, Callable[[], object]] = {
         "K is 64": lambda: few(x[:, :32], weight, out),
         "takes N:16 int4": lambda: few(x, eight, out),
         "1 to 4": lambda: few(x.expand(5, -1), weight, out.expand(5, -1)),

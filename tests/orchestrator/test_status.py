@@ -19,6 +19,6 @@ from conclave.orchestrator.status import DETAILS_KEY, Failure
 def test_failure_of_a_call(code: str, detailed: bool, becomes: str) -> None:
     trailing = grpc.aio.Metadata(*([(DETAILS_KEY, b"")] if detailed else []))
     error = grpc.aio.AioRpcError(
-        grpc.StatusCode[code], grpc.aio.Metadata(), trailing, "Internal error from Core"
+        grpc.StatusCode[code], grpc.aio.Metadata(), trailing, "Internal error from Core", ""
     )
     assert Failure.of_call(error).code is grpc.StatusCode[becomes]
