@@ -32,16 +32,21 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @triton.jit
-def _nibbles(words, one):
-    """float32 [A, B, 8] of int32 words [A, B]; bits 4i of a word hold value + 8 of element i.
+def _nibbles(words, one, PAIRED: tl.constexpr):
+    """float32 [A, B, 8] of int32 words [A, B], whose nibbles hold value + 8 of an element each.
+
+    In their order, or if PAIRED as dense int4 has them: elements 2i and 2i + 1 in nibbles i, i + 4.
 
     The nibble becomes mantissa bits of a float in [1, 2), from which one exact fused multiply-add
     makes the value. `one` is `ONE`, passed at run time: were it a constant beside the mask, the
     AND and the OR would be two instructions.
     """
     element = tl.arange(0, 8)
-    shift = tl.where(element < 5, 0, 20)
-    low = 4 * element - shift
+    nibble = element
+    if PAIRED:
+        nibble = element // 2 + element % 2 * 4
+    shift = tl.where(nibble < 5, 0, 20)
+    low = 4 * nibble - shift
     bits = ((words[:, :, None] >> shift) & (15 << low)) | one
     unit = ((150 - low) << 23).to(tl.float32, bitcast=True)
     return bits.to(tl.float32, bitcast=True) * unit - (unit + 8)
@@ -124,7 +129,7 @@ def _expand_sparse(
         # To value + 8: flips the sign bit of each nibble.
         word ^= -0x7777777777777778
         halves = (word[:, :, None] >> (tl.arange(0, 2) * 32).to(tl.int64)).to(tl.int32)
-        values = _nibbles(tl.reshape(halves, [ROWS, SPANS * 2]), one)
+        values = _nibbles(tl.reshape(halves, [ROWS, SPANS * 2]), one, False)
     else:
         if BITS == 8:
             words = tl.reshape(tl.join(word, word1), [ROWS, SPANS * 2])
@@ -162,7 +167,7 @@ def _expand_dense(
     fits = line[None, :] * EACH < columns
     code = tl.load(codes + place, fits, other=0)
     if BITS == 4:
-        values = tl.reshape(_nibbles(code, one), [ROWS, COLUMNS])
+        values = tl.reshape(_nibbles(code, one, True), [ROWS, COLUMNS])
     else:
         values = code.to(tl.float32)
     _write(output, values, scales, rows, columns, tiles, GROUP)

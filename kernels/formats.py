@@ -18,7 +18,8 @@ R'/128:
 
 (1) One byte a survivor: signed value (-8..7) in the high nibble, position (0..15) in the low one.
 (2) N/2 rounded up: survivor 2i in the low nibble, 2i + 1 in the high one, one too many is zero.
-(3) Bits 4i to 4i + 3 of word j hold value + 8 of column 8j + i.
+(3) Bits 4i to 4i + 3 of word j hold value + 8 of column 8j + 2 (i % 4) + i / 4: neighbours lie 16
+    bits apart, where one instruction makes two numbers of 16 bits.
 (4) [T, K/group, 128].
 
 The positions of a group are distinct and ascend. A group with fewer than N survivors fills its

@@ -186,9 +186,7 @@ def _pack_block(
         tensors["scales"] = chosen.T.bfloat16()
         codes = _quantize(grouped, chosen, format.bits).flatten(1).to(torch.int8)
     if slots is None:
-        tensors["codes"] = (
-            _join_nibbles(codes + 8).view(torch.int32) if format.bits == 4 else codes
-        ).T
+        tensors["codes"] = (_words(codes + 8) if format.bits == 4 else codes).T
         return tensors
     shape = (block.shape[0], -1, format.kept)
     numbers = torch.arange(block.shape[1], device=block.device) % SPAN
@@ -244,6 +242,18 @@ def _split_nibbles(joined: Tensor) -> Tensor:
     return torch.stack((joined & 15, joined >> 4), dim=-1).flatten(-2)
 
 
+def _words(values: Tensor) -> Tensor:
+    """int32 [..., n/8] from small integers [..., n], as dense int4 has them."""
+    apart = values.unflatten(-1, (-1, 4, 2)).transpose(-1, -2).flatten(-3)
+    return _join_nibbles(apart).view(torch.int32)
+
+
+def _of_words(words: Tensor) -> Tensor:
+    """uint8 [..., 8n] from int32 [..., n], the inverse of `_words`."""
+    apart = _split_nibbles(words.contiguous().view(torch.uint8)).unflatten(-1, (-1, 2, 4))
+    return apart.transpose(-1, -2).flatten(-3)
+
+
 def _survivors(packed: PackedWeight) -> tuple[Tensor, Tensor]:
     """Codes and positions (uint8) of sparse rows as of `_slice`, both [K/16, N, r]."""
     if packed.positions is None:
@@ -271,7 +281,7 @@ def _values(packed: PackedWeight) -> Tensor:
         codes, positions = _survivors(packed)
         values = _spread(codes.float(), positions)
     elif packed.format.bits == 4:
-        values = _split_nibbles(packed.codes.T.contiguous().view(torch.uint8)).float() - 8
+        values = _of_words(packed.codes.T).float() - 8
     else:
         values = packed.codes.T.float()
     if packed.scales is None:

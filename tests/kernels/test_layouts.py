@@ -46,7 +46,8 @@ def value_at(packed: PackedWeight, row: int, column: int) -> float:
     codes = packed.codes[tile]
     code: float = 0
     if format.dense and format.bits == 4:
-        code = ((int(codes[column // 8, row]) >> 4 * (column % 8)) & 15) - 8
+        nibble = column % 8 // 2 + column % 2 * 4
+        code = ((int(codes[column // 8, row]) >> 4 * nibble) & 15) - 8
     elif format.dense:
         code = int(codes[column, row])
     for slot in range(0 if format.dense else format.kept):
