@@ -5,6 +5,7 @@ the whole truth about an answer is known beforehand, also of one that moved betw
 real engine, a step gives every running sequence its next token, and takes the longer the more run.
 """
 
+import math
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ from google.rpc import code_pb2
 from conclave.protos import generation_pb2 as pb
 from conclave.protos import worker_pb2
 
+from .stub_cache import StubCache
+
 VOCABULARY = 512
 EOS = 1
 MAX_CONTEXT = 8192
@@ -24,6 +27,8 @@ WEIGHTS = "stub-weights"
 DEFAULT_TOKENS = 256
 BLOCK = 16
 """Tokens in a block of the cache that is only counted here."""
+TOKEN_BYTES = 4
+"""Of a prompt: here its size alone says how many tokens it has."""
 _MASK = 2**64 - 1
 _TOKENS = [pb.Token(id=number, text=f"{number} ") for number in range(VOCABULARY)]
 
@@ -150,7 +155,11 @@ class Settings:
     waiting: int = 1024
     """Sequences that may wait; more are refused."""
     first_token: float = 0.0
-    """Seconds from a sequence's start to its first token, beside the step."""
+    """Seconds from a sequence's start to its first token, beside the step and the prompt."""
+    prefill_rate: float = math.inf
+    """Prompt tokens a second, of one prompt after the other; decoding goes on meanwhile."""
+    cache_blocks: int = 0
+    """Blocks of text prompts that are kept, and cost nothing when they come again. Fixed."""
     slowdown: float = 1.0
 
 
@@ -165,6 +174,8 @@ class Job:
     prompt_tokens: int
     arrived: float
     deadline: float | None
+    cached_tokens: int = 0
+    """Of its prompt, once it runs."""
     ready_at: float | None = None
     """When its first token may come; None while it waits."""
     begun: bool = False
@@ -180,8 +191,12 @@ class Machine:
         self.running: list[Job] = []
         self.queue: deque[Job] = deque()
         self.prompt_tokens = 0
+        self.cached_tokens = 0
         self.completion_tokens = 0
         self.steps = 0
+        self._cache = StubCache(settings.cache_blocks, BLOCK * TOKEN_BYTES)
+        self._prefilled_at = 0.0
+        """When the last prompt so far will have been computed."""
 
     @property
     def idle(self) -> bool:
@@ -208,7 +223,7 @@ class Machine:
             sink=sink,
             sequences=sequences,
             ended=[],
-            prompt_tokens=max(1, request.prompt.ByteSize() // 4),
+            prompt_tokens=max(1, request.prompt.ByteSize() // TOKEN_BYTES),
             arrived=now,
             deadline=None if timeout is None else now + timeout,
         )
@@ -244,12 +259,14 @@ class Machine:
         used = sum(_blocks(job) for job in self.running)
         everyone = (*self.running, *self.queue)
         left = sum(s.limit - s.position for job in everyone for s in job.sequences)
+        left += sum(job.prompt_tokens - job.cached_tokens for job in everyone if not job.begun)
         return worker_pb2.GetLoadResponse(
             running_sequences=running,
             waiting_sequences=self._sequences(self.queue),
             outstanding_tokens=left,
             pools=[worker_pb2.BlockPool(blocks=settings.slots * 64, used=used)],
             prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached_tokens,
             completion_tokens=self.completion_tokens,
             steps=self.steps,
             tokens_per_second=min(settings.rate, running * settings.stream_rate),
@@ -261,9 +278,25 @@ class Machine:
         taken = self._sequences(self.running)
         while self.queue and taken + len(self.queue[0].sequences) <= self.settings.slots:
             job = self.queue.popleft()
-            job.ready_at = now + self.settings.first_token * self.settings.slowdown
+            job.ready_at = self._prefill(job, now) + self._slowed(self.settings.first_token)
             self.running.append(job)
             taken += len(job.sequences)
+
+    def _prefill(self, job: Job, now: float) -> float:
+        """When the prompt will have been computed, as far as it is not held.
+
+        What an earlier one will leave counts as held: prompts are computed in order, so it is there
+        in time. One that is given up is computed to its end.
+        """
+        found = self._cache.take(job.request.prompt.text.encode())
+        job.cached_tokens = min(found, (job.prompt_tokens - 1) // BLOCK) * BLOCK
+        self.cached_tokens += job.cached_tokens
+        seconds = (job.prompt_tokens - job.cached_tokens) / self.settings.prefill_rate
+        self._prefilled_at = max(now, self._prefilled_at) + self._slowed(seconds)
+        return self._prefilled_at
+
+    def _slowed(self, seconds: float) -> float:
+        return seconds * self.settings.slowdown
 
     def _expire(self, now: float) -> None:
         for job in (*self.running, *self.queue):
@@ -297,6 +330,7 @@ class Machine:
             outputs=ends,
             usage=pb.Usage(
                 prompt_tokens=job.prompt_tokens,
+                cached_tokens=job.cached_tokens,
                 completion_tokens=sum(end.completion_tokens for end in ends),
             ),
             timings=pb.Timings(total=now - job.arrived),
