@@ -120,6 +120,7 @@ class Admission:
         worker.open_requests -= 1
         worker.open_sequences -= ask.sequences
         worker.open_tokens -= ask.wish.tokens
+        worker.known_tokens -= ask.wish.known_at(worker)
         if answered is not None and ask.answer_tokens:
             self._fill += LEARNING * (min(1.0, answered / ask.answer_tokens) - self._fill)
         if self._waiters:
@@ -149,6 +150,7 @@ class Admission:
         worker.open_requests += 1
         worker.open_sequences += ask.sequences
         worker.open_tokens += ask.wish.tokens
+        worker.known_tokens += ask.wish.known_at(worker)
         worker.breaker.begin()
         ask.begun = asyncio.get_running_loop().time()
         ask.attempts += 1

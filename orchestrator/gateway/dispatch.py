@@ -17,6 +17,7 @@ from ...protos.generation_pb2 import (
     GenerateRequest,
     ScoreRequest,
     ScoreResponse,
+    Usage,
 )
 from ...protos.worker_pb2 import ConverseRequest, Reply
 from ...worker.errors import ConclaveError, Unavailable
@@ -119,16 +120,14 @@ class Dispatcher:
         """One worker's part of a stream; why it broke, if it did."""
         connection = self._connections[worker.name]
         pending = connection.ask(relay.message(), ask.remaining())
-        answered = None
         try:
             failure = await relay.run(pending)
             if failure is not None:
                 return self._examine(ask, worker, connection, failure)
             self._answered(worker)
-            answered = relay.answered
             return None
         finally:
-            self._leave(ask, worker, pending, answered)
+            self._leave(ask, worker, pending, relay.usage)
 
     async def _answer(self, ask: Ask, message: ConverseRequest) -> Reply:
         """The one reply to a message."""
@@ -137,16 +136,16 @@ class Dispatcher:
             worker = await self._place(ask)
             connection = self._connections[worker.name]
             pending = connection.ask(message, ask.remaining())
-            answered = None
+            usage = None
             try:
                 reply = await pending.next()
                 self._answered(worker)
-                answered = reply.completion.usage.completion_tokens
+                usage = reply.completion.usage
                 return reply
             except Failure as error:
                 failure = self._examine(ask, worker, connection, error)
             finally:
-                self._leave(ask, worker, pending, answered)
+                self._leave(ask, worker, pending, usage)
             self._repeat(ask, failure)
             if message.HasField("complete"):
                 message.complete.request_id += "~"
@@ -155,7 +154,8 @@ class Dispatcher:
         if not self._config.prefix_affinity:
             ask.prompt = b""
         if ask.session or ask.prompt:
-            warm = (self._sessions.find(ask.session), self._prefixes.find(ask.prompt))
+            ask.wish.known = self._prefixes.find(ask.prompt)
+            warm = (self._sessions.find(ask.session), ask.wish.known.worker)
             ask.wish.warm = tuple(name for name in warm if name)
         try:
             worker = await self.admission.place(ask)
@@ -176,10 +176,13 @@ class Dispatcher:
         worker.served_requests += 1
         worker.breaker.success()
 
-    def _leave(self, ask: Ask, worker: Worker, pending: Pending, answered: int | None) -> None:
-        """The one way out of a worker: by an end, a failure or a cancel."""
+    def _leave(self, ask: Ask, worker: Worker, pending: Pending, usage: Usage | None) -> None:
+        """The one way out of a worker: by an end, which has a usage, a failure or a cancel."""
         pending.close()
         worker.breaker.give_up()
+        if usage is not None and worker.name == ask.wish.known.worker:
+            self._prefixes.learn(ask.wish.known, usage.cached_tokens)
+        answered = None if usage is None else usage.completion_tokens
         self.admission.release(ask, worker, answered=answered)
 
     def _repeat(self, ask: Ask, failure: Failure) -> None:

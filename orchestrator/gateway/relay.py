@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 
 import grpc
 
-from ...protos.generation_pb2 import GenerateRequest, GenerateResponse, Timings
+from ...protos.generation_pb2 import GenerateRequest, GenerateResponse, Timings, Usage
 from ...protos.worker_pb2 import ConverseRequest, Reply
 from ...worker.errors import Unavailable
 from ..lines.conversation import Pending
@@ -44,8 +44,8 @@ class Relay:
         """Whether anything came from the present worker."""
         self.moves = 0
         """How often the stream has gone on elsewhere."""
-        self.answered = 0
-        """Answer tokens by the worker's own count, once it has ended well."""
+        self.usage: Usage | None = None
+        """Tokens by the worker's own count, once it has ended well."""
         self._request = request
         self._write = write
         self._pacer = pacer
@@ -127,7 +127,7 @@ class Relay:
 
     def _finish(self, event: GenerateResponse) -> None:
         finished = event.finished
-        self.answered = finished.usage.completion_tokens
+        self.usage = finished.usage
         if self.moves:
             # The last worker's clock knows only its own part.
             finished.resumes = self.moves

@@ -54,7 +54,9 @@ class Worker:
     open_requests: int = 0
     open_sequences: int = 0
     open_tokens: int = 0
-    """Prompt and answer tokens that our open asks may still cost it."""
+    """Prompt and answer tokens of our open asks."""
+    known_tokens: int = 0
+    """Of those, what it need not compute, as far as one knows."""
     foreign_tokens: int = 0
     """The same of other gateways' asks, by its last heartbeat."""
     speed: float = 0.0
@@ -72,7 +74,7 @@ class Worker:
     @property
     def outstanding_tokens(self) -> int:
         """Work that it has not done yet, in tokens."""
-        return self.open_tokens + self.foreign_tokens
+        return self.open_tokens - self.known_tokens + self.foreign_tokens
 
     @property
     def has_room(self) -> bool:

@@ -5,7 +5,8 @@ there. With one gateway the outstanding tokens are known exactly and the minimum
 When other gateways send work too, what is known of it is up to a heartbeat old, and everybody would
 run to the same minimum: then the better of two drawn at random is taken (Mitzenmacher 2001).
 A session's worker, or one that has computed the prompt's beginning, is preferred only while it is
-hardly worse than the best: affinity that outweighs load makes tails longer. A worker whose breaker
+hardly worse than the best: affinity that outweighs load makes tails longer. What that worker need
+not compute again is no work, neither of this ask nor of those that it has. A worker whose breaker
 lets one ask through to try it gets the next one: if it fails, the ask goes on elsewhere.
 """
 
@@ -13,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ...worker.errors import ConclaveError
+from .prefix import NOTHING, Known
 from .registry import Worker, WorkerState
 
 WARM_GAP = 1.25
@@ -87,6 +89,8 @@ class Wish:
     """The worker to have if it can, whatever its load."""
     warm: tuple[str, ...] = ()
     """Workers to prefer while the load gap is small: the session's, the prompt's."""
+    known: Known = NOTHING
+    """What is known of its prompt's beginning; the same from placing it to its release."""
     draw: float = 0.0
     """A number in [0, 1) of its own, for the canary share and the two choices."""
 
@@ -95,6 +99,10 @@ class Wish:
         if self.weights and worker.weights != self.weights:
             return False
         return worker.name not in self.avoid
+
+    def known_at(self, worker: Worker) -> int:
+        """Tokens that the worker need not compute, as far as one knows."""
+        return min(self.tokens, self.known.expected) if worker.name == self.known.worker else 0
 
 
 def candidates(workers: Iterable[Worker], wish: Wish) -> list[Worker]:
@@ -123,7 +131,8 @@ def choose(workers: Iterable[Worker], wish: Wish, now: float) -> Worker | None:
     speed = typical_speed(able)
 
     def work(worker: Worker) -> float:
-        return (worker.outstanding_tokens + wish.tokens) / (worker.speed or speed)
+        tokens = worker.outstanding_tokens + wish.tokens - wish.known_at(worker)
+        return tokens / (worker.speed or speed)
 
     best = min(_contenders(able, wish), key=lambda w: (work(w), w.served_requests, w.name))
     return _warm(able, wish, limit=work(best) * WARM_GAP + WARM_TOKENS / speed, work=work) or best
