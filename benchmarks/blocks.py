@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .contestants import Builder, Contestant, check
 from .experts import Stack, bytes_read, check_stack, choices, random_stack
@@ -26,12 +25,6 @@ class Block(NamedTuple):
     launches: int
     nbytes: int
     """That one launch must read."""
-
-
-def gated(both: Tensor) -> Tensor:
-    """gelu(gate) * up of [tokens, gate and up]."""
-    gate, up = both.chunk(2, -1)
-    return F.gelu(gate, approximate="tanh").mul_(up)
 
 
 def sliding_layer(build: Builder) -> list[Contestant]:
@@ -53,8 +46,8 @@ def sliding_block(layer: list[Contestant], tokens: int) -> Block:
     def launch(index: int) -> object:
         qkv.multiply(x, index % qkv.copies)
         hidden = o.multiply(mixed, index % o.copies)
-        both = gate_up.multiply(hidden, index % gate_up.copies)
-        return down.multiply(gated(both), index % down.copies)
+        inner = gate_up.gate(hidden, index % gate_up.copies)
+        return down.multiply(inner, index % down.copies)
 
     return Block(launch, 4, sum(linear.nbytes for linear in layer))
 
@@ -81,8 +74,7 @@ def expert_block(
     shares = torch.rand(tokens, 1, EXPERTS_EACH, dtype=torch.bfloat16, device="cuda")
 
     def launch(index: int) -> object:
-        both = gate_up.multiply(x, index)
-        outputs = down.multiply(gated(both), index)
+        outputs = down.multiply(gate_up.gate(x, index), index)
         return shares @ outputs.view(tokens, EXPERTS_EACH, -1)
 
     return Block(launch, len(chosen), bytes_read(gate_up, chosen) + bytes_read(down, chosen))

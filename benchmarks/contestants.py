@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from conclave.kernels.formats import Format, PackedWeight, from_tensors
 from conclave.kernels.layouts import pack, unpack
-from conclave.kernels.linear import linear
+from conclave.kernels.linear import gated_linear, linear
 
 from .clock import copies_past_cache
 from .shapes import group_of
@@ -39,6 +39,8 @@ class Contestant:
     copies: int
     multiply: Callable[[Tensor, int], Tensor]
     """(x [tokens, K], number of a copy) to [tokens, R]."""
+    gated: Callable[[Tensor, int], Tensor] | None = None
+    """The same with rows as pairs of gate and input, if it does that itself."""
     dtype: torch.dtype = torch.bfloat16
     """Of x."""
     most_error: float = 3e-3
@@ -51,6 +53,16 @@ class Contestant:
         if self.dtype == torch.int8:
             return torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
         return torch.randn(shape, device=device, dtype=self.dtype)
+
+    def gate(self, x: Tensor, copy: int) -> Tensor:
+        """gelu(gate) * input, [tokens, R/2]."""
+        return self.gated(x, copy) if self.gated else gate_of(self.multiply(x, copy))
+
+
+def gate_of(both: Tensor) -> Tensor:
+    """gelu(gate) * input of [tokens, gate and input]."""
+    gate, up = both.chunk(2, -1)
+    return F.gelu(gate, approximate="tanh").mul_(up)
 
 
 class WrongAnswer(Exception):
@@ -95,6 +107,7 @@ def ours(kind: str) -> Builder:
             unpack(first),
             len(copies),
             lambda x, copy: linear(x, copies[copy]),
+            lambda x, copy: gated_linear(x, copies[copy]),
         )
 
     return build

@@ -10,7 +10,7 @@ from conclave.kernels.formats import Format
 from conclave.kernels.layouts import pack, unpack
 from conclave.kernels.linear import grouped_linear
 
-from .contestants import CUBLAS, OURS, SPARSE, copied, relative_error
+from .contestants import CUBLAS, OURS, SPARSE, copied, gate_of, relative_error
 from .shapes import EXPERTS_EACH, Shape, group_of
 
 LAUNCHES = 16
@@ -31,6 +31,8 @@ class Stack:
     """The dense weight [R, K] of an expert."""
     multiply: Callable[[Tensor, int], Tensor]
     """(x [tokens * 8, K], number of a choice) to [tokens * 8, R]."""
+    gate: Callable[[Tensor, int], Tensor]
+    """gelu(gate) * input, to [tokens * 8, R/2]."""
 
     def activations(self, tokens: int) -> Tensor:
         """Random bfloat16 [tokens * 8, K]."""
@@ -61,6 +63,7 @@ def own_stack(weight: Tensor, chosen: list[Tensor]) -> Stack:
         packed.nbytes // weight.shape[0],
         lambda expert: unpack(packed.expert(expert)),
         lambda x, choice: grouped_linear(x, copies[choice % COPIES], chosen[choice]),
+        lambda x, choice: grouped_linear(x, copies[choice % COPIES], chosen[choice], gated=True),
     )
 
 
@@ -69,11 +72,17 @@ def vendor_stack(weight: Tensor, chosen: list[Tensor]) -> Stack:
     copies = [weight.clone().transpose(1, 2) for _ in range(COPIES)]
     numbers = torch.arange(weight.shape[0], device=weight.device, dtype=torch.int32)
     ends = [torch.searchsorted(own, numbers, right=True).to(torch.int32) for own in chosen]
+
+    def multiply(x: Tensor, choice: int) -> Tensor:
+        product: Tensor = torch._grouped_mm(x, copies[choice % COPIES], offs=ends[choice])
+        return product
+
     return Stack(
         CUBLAS,
         weight[0].nbytes,
         lambda expert: weight[expert],
-        lambda x, choice: torch._grouped_mm(x, copies[choice % COPIES], offs=ends[choice]),
+        multiply,
+        lambda x, choice: gate_of(multiply(x, choice)),
     )
 
 

@@ -250,7 +250,8 @@ def _words(values: Tensor) -> Tensor:
 
 def _of_words(words: Tensor) -> Tensor:
     """uint8 [..., 8n] from int32 [..., n], the inverse of `_words`."""
-    apart = _split_nibbles(words.contiguous().view(torch.uint8)).unflatten(-1, (-1, 2, 4))
+    nibbles: Tensor = _split_nibbles(words.contiguous().view(torch.uint8))
+    apart: Tensor = nibbles.unflatten(-1, (-1, 2, 4))
     return apart.transpose(-1, -2).flatten(-3)
 
 

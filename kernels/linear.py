@@ -1,14 +1,14 @@
-"""A linear layer of a packed weight: the op that models call, and which kernel does it.
+"""Linear layers of packed weights: the ops that models call, and which kernel does it.
 
-| tokens       | N:16 int4, groups of 64 or 128             | other formats          |
-| ------------ | ------------------------------------------ | ---------------------- |
-| 1 to 4       | `sparse_gemv` (NVIDIA), else `sparse_gather` | expand, then a matmul |
-| 5 to `MANY`  | `sparse_matmul` (NVIDIA, bfloat16)         | expand, then a matmul  |
-| more         | expand, then a matmul                      | expand, then a matmul  |
+| tokens       | N:16 int4, groups of 64 or 128               | dense int4 and int8     | others |
+| ------------ | -------------------------------------------- | ----------------------- | ------ |
+| 1 to 4       | `sparse_gemv` (NVIDIA), else `sparse_gather` | `dense_gemv`            | expand |
+| 5 to `MANY`  | `matmul` (NVIDIA, bfloat16), else expand     | the same, groups of 64+ | expand |
+| more         | expand                                       | expand                  | expand |
 
 Expanding writes the dense weight into scratch memory that all layers share, and leaves the product
-to the vendor's library. On a CPU the reference runs. `linear` and `grouped_linear` are torch custom
-ops: they work on fake tensors, in `torch.compile` and, once called, in CUDA graphs.
+to the vendor's library. On a CPU the reference runs. `linear`, `gated_linear`, `grouped_linear` are
+torch custom ops: they work on fake tensors, in `torch.compile` and, once called, in CUDA graphs.
 """
 
 import threading
@@ -17,13 +17,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import dense_gemv as dense
 from . import reference
+from . import sparse_gather as sparse
 from .errors import KernelInputError
 from .expand import expand
 from .formats import Format, PackedWeight
-from .sparse_gather import MOST_TOKENS, sparse_gather, supports
 from .sparse_gemv import sparse_gemv
-from .sparse_matmul import sparse_matmul
+from .tensor_cores import decode
+from .tensor_cores.grouping import MOST_TOKENS
+from .tensor_cores.matmul import matmul
 
 MANY = 256
 """Tokens above which decoding for every 128 of them costs more than expanding once (an H100)."""
@@ -40,27 +43,30 @@ def linear(
     As `reference.linear`, on the device of `x`. Raises `KernelInputError` if something does not
     fit.
     """
-    _check(x, weight, residual)
-    result: Tensor = torch.ops.conclave.linear(
-        x,
-        weight.codes,
-        weight.positions,
-        weight.scales,
-        str(weight.format),
-        weight.rows,
-        residual,
-        scale,
-    )
+    _check(x, weight, residual, False)
+    result: Tensor = torch.ops.conclave.linear(x, *_fields(weight), residual, scale, False)
     return result
 
 
-def grouped_linear(x: Tensor, weight: PackedWeight, experts: Tensor) -> Tensor:
-    """[T, K] to [T, R], token t by the weight `experts[t]` (int32 [T]) of the stack.
+def gated_linear(x: Tensor, weight: PackedWeight) -> Tensor:
+    """gelu_tanh(gate) * up, from [..., K] to [..., R/2]: rows 2i and 2i + 1 are gate's and up's.
 
-    One launch, in which each token reads its expert's weight: made for few tokens, the one with
-    its eight experts above all. Raises `KernelInputError` if something does not fit.
+    As `reference.gated_linear`. Raises `KernelInputError` if something does not fit.
     """
-    _check(x, weight, None)
+    _check(x, weight, None, True)
+    result: Tensor = torch.ops.conclave.linear(x, *_fields(weight), None, 1.0, True)
+    return result
+
+
+def grouped_linear(x: Tensor, weight: PackedWeight, experts: Tensor, gated: bool = False) -> Tensor:
+    """[T, K] to [T, R], token t by the weight `experts[t]` (int32 [T], ascending) of the stack.
+
+    As `reference.grouped_linear`. Up to as many tokens as there are experts, the one with its eight
+    above all, each reads its expert's weight; of more, those of an expert share it. That they
+    ascend is not checked on a card, where it would have to be waited for: what does not is left
+    unwritten. Raises `KernelInputError` if something else does not fit.
+    """
+    _check(x, weight, None, gated)
     if x.dim() != 2 or experts.shape != x.shape[:1] or experts.dtype != torch.int32:
         raise KernelInputError(
             f"x is {tuple(x.shape)} and experts {experts.dtype} {tuple(experts.shape)}; "
@@ -68,16 +74,20 @@ def grouped_linear(x: Tensor, weight: PackedWeight, experts: Tensor) -> Tensor:
         )
     if weight.experts is None:
         raise KernelInputError("the weight is a single one; grouped_linear takes a stack")
-    tensors = (weight.codes, weight.positions, weight.scales)
-    result: Tensor = torch.ops.conclave.grouped_linear(
-        x, *tensors, str(weight.format), weight.rows, experts
-    )
+    result: Tensor = torch.ops.conclave.grouped_linear(x, *_fields(weight), experts, gated)
     return result
 
 
-def _check(x: Tensor, weight: PackedWeight, residual: Tensor | None) -> None:
+def _fields(weight: PackedWeight) -> tuple[Tensor, Tensor | None, Tensor | None, str, int]:
+    """The weight as torch's ops can take it."""
+    return weight.codes, weight.positions, weight.scales, str(weight.format), weight.rows
+
+
+def _check(x: Tensor, weight: PackedWeight, residual: Tensor | None, gated: bool) -> None:
     if x.shape[-1] != weight.columns:
         raise KernelInputError(f"x is {tuple(x.shape)}; the weight has {weight.columns} columns")
+    if gated and weight.rows % 2:
+        raise KernelInputError(f"{weight.rows} rows are no pairs of gate and up")
     for name, tensor in (("x", x), ("residual", residual)):
         if tensor is not None and tensor.device != weight.device:
             raise KernelInputError(f"{name} is on {tensor.device}, the weight on {weight.device}")
@@ -96,16 +106,19 @@ def _linear(
     rows: int,
     residual: Tensor | None,
     scale: float,
+    gated: bool,
 ) -> Tensor:
     weight = PackedWeight(Format.parse(format), rows, x.shape[-1], codes, positions, scales)
     if x.device.type != "cuda":
+        if gated:
+            return reference.gated_linear(x, weight)
         return reference.linear(x, weight, residual, scale)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     added = None if residual is None else residual.reshape(-1, rows).contiguous().to(x.dtype)
-    out = torch.empty(len(flat), rows, dtype=x.dtype, device=x.device)
+    out = torch.empty(len(flat), rows // 2 if gated else rows, dtype=x.dtype, device=x.device)
     if len(flat):
-        _multiply(flat, weight, out, added, scale)
-    return out.view(*x.shape[:-1], rows)
+        _multiply(flat, weight, out, added, scale, gated)
+    return out.view(*x.shape[:-1], out.shape[1])
 
 
 @_linear.register_fake
@@ -118,26 +131,44 @@ def _(
     rows: int,
     residual: Tensor | None,
     scale: float,
+    gated: bool,
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], rows))
+    return x.new_empty((*x.shape[:-1], rows // 2 if gated else rows))
 
 
 def _multiply(
-    x: Tensor, weight: PackedWeight, out: Tensor, residual: Tensor | None, scale: float
+    x: Tensor,
+    weight: PackedWeight,
+    out: Tensor,
+    residual: Tensor | None,
+    scale: float,
+    gated: bool,
 ) -> None:
-    """(x weight^T + residual) * scale into `out`, all on a card."""
-    fast = supports(weight.format, weight.columns)
-    amd = torch.version.hip is not None
-    if fast and len(x) <= MOST_TOKENS:
-        (sparse_gather if amd else sparse_gemv)(x, weight, out, residual, scale)
-    elif fast and len(x) <= MANY and x.dtype == torch.bfloat16 and not amd:
-        sparse_matmul(x, weight, out, residual, scale)
+    """`linear` or `gated_linear` into `out`, all on a card."""
+    format, columns, amd = weight.format, weight.columns, torch.version.hip is not None
+    few = len(x) <= sparse.MOST_TOKENS
+    if few and sparse.supports(format, columns):
+        op = sparse.sparse_gather if amd else sparse_gemv
+        op(x, weight, out, residual, scale, gated=gated)
+    elif few and dense.supports(format, columns):
+        dense.dense_gemv(x, weight, out, residual, scale, gated=gated)
+    elif len(x) <= MANY and _on_tensor_cores(x, weight):
+        matmul(x, weight, out, residual, scale, gated=gated)
     else:
-        dense = expand(weight, _expanded(weight, x.dtype))
-        product = F.linear(x, dense)
+        product = F.linear(x, expand(weight, _expanded(weight, x.dtype)))
+        if gated:
+            product = product.unflatten(-1, (-1, 2))
+            gate = F.gelu(product[..., 0].float(), approximate="tanh")
+            torch.mul(gate, product[..., 1], out=out)
+            return
         if residual is not None:
             product = product.float() + residual
         torch.mul(product, scale, out=out)
+
+
+def _on_tensor_cores(x: Tensor, weight: PackedWeight) -> bool:
+    ours = x.dtype == torch.bfloat16 and torch.version.hip is None
+    return ours and decode.supports(weight.format, weight.columns)
 
 
 def _expanded(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
@@ -162,14 +193,24 @@ def _grouped_linear(
     format: str,
     rows: int,
     experts: Tensor,
+    gated: bool,
 ) -> Tensor:
     weight = PackedWeight(Format.parse(format), rows, x.shape[-1], codes, positions, scales)
-    if x.device.type != "cuda" or not supports(weight.format, weight.columns):
-        return reference.grouped_linear(x, weight, experts)
-    out = torch.empty(len(x), rows, dtype=x.dtype, device=x.device)
-    if len(x):
-        op = sparse_gather if torch.version.hip is not None else sparse_gemv
-        op(x.contiguous(), weight, out, experts=experts.contiguous())
+    stack = weight.experts or 1
+    sparsely = sparse.supports(weight.format, weight.columns)
+    if x.device.type != "cuda" or not (sparsely or dense.supports(weight.format, weight.columns)):
+        return reference.grouped_linear(x, weight, experts, gated)
+    x, experts = x.contiguous(), experts.contiguous()
+    out = torch.empty(len(x), rows // 2 if gated else rows, dtype=x.dtype, device=x.device)
+    if len(x) > stack and _on_tensor_cores(x, weight):
+        for first in range(0, len(x), MOST_TOKENS):
+            part = slice(first, first + MOST_TOKENS)
+            matmul(x[part], weight, out[part], experts=experts[part], gated=gated)
+    elif len(x):
+        op = dense.dense_gemv
+        if sparsely:
+            op = sparse.sparse_gather if torch.version.hip is not None else sparse_gemv
+        op(x, weight, out, experts=experts, gated=gated)
     return out
 
 
@@ -182,5 +223,6 @@ def _(
     format: str,
     rows: int,
     experts: Tensor,
+    gated: bool,
 ) -> Tensor:
-    return x.new_empty((len(x), rows))
+    return x.new_empty((len(x), rows // 2 if gated else rows))

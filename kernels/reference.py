@@ -111,20 +111,18 @@ def linear(
 
 
 def gated_linear(x: Tensor, weight: PackedWeight) -> Tensor:
-    """gelu_tanh(gate) * up, from [..., K] to [..., R/2]: the weight's rows are gate's, then up's.
+    """gelu_tanh(gate) * up, from [..., K] to [..., R/2]: rows 2i and 2i + 1 are gate's and up's.
 
-    All in float32, rounded once to the dtype of `x`.
+    All in float32, rounded once to the dtype of `x`. Neighbouring rows are in one program, and in
+    one thread of it, so that kernels need no other memory for this.
     """
-    if weight.rows % 2:
-        raise KernelInputError(f"{weight.rows} rows are not gate and up; the number must be even")
-    gate, up = _product(x, weight).chunk(2, -1)
-    return (F.gelu(gate, approximate="tanh") * up).to(x.dtype)
+    return _gated(_product(x, weight)).to(x.dtype)
 
 
-def grouped_linear(x: Tensor, weight: PackedWeight, experts: Tensor) -> Tensor:
-    """[T, K] to [T, R], token t by the weight `experts[t]` (int32 [T]) of the stack.
+def grouped_linear(x: Tensor, weight: PackedWeight, experts: Tensor, gated: bool = False) -> Tensor:
+    """[T, K] to [T, R], token t by the weight `experts[t]` (int32 [T], ascending) of the stack.
 
-    One token with several experts is `x.expand(count, -1)`.
+    One token with several experts is `x.expand(count, -1)`. If `gated`, each is as `gated_linear`.
     """
     if weight.experts is None:
         raise KernelInputError("the weight is a single one; grouped_linear takes a stack")
@@ -133,11 +131,23 @@ def grouped_linear(x: Tensor, weight: PackedWeight, experts: Tensor) -> Tensor:
             f"x is {tuple(x.shape)} and experts {experts.dtype} {tuple(experts.shape)}; "
             "they must be [T, K] and int32 [T]"
         )
-    output = torch.empty(len(x), weight.rows, dtype=x.dtype, device=x.device)
+    if bool((experts[1:] < experts[:-1]).any()):
+        raise KernelInputError("experts must ascend; sort the tokens by them")
+    rows = weight.rows // 2 if gated else weight.rows
+    output = torch.empty(len(x), rows, dtype=x.dtype, device=x.device)
     for index in experts.unique().tolist():
         own = experts == index
-        output[own] = _product(x[own], weight.expert(index)).to(x.dtype)
+        product = _product(x[own], weight.expert(index))
+        output[own] = (_gated(product) if gated else product).to(x.dtype)
     return output
+
+
+def _gated(both: Tensor) -> Tensor:
+    if both.shape[-1] % 2:
+        raise KernelInputError(f"{both.shape[-1]} rows are no pairs of gate and up")
+    pairs: Tensor = both.unflatten(-1, (-1, 2))
+    gate, up = pairs.unbind(-1)
+    return F.gelu(gate, approximate="tanh") * up
 
 
 def _product(x: Tensor, weight: PackedWeight) -> Tensor:

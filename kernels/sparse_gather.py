@@ -11,12 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .checks import misfit
 from .errors import KernelInputError
 from .formats import SHIPPED, TILE, Format, PackedWeight
 from .launching.launch import Kernel, Variant
 from .launching.targets import AMD
 from .tuning import gemv_plan
-from .workspace import meet, workspace
+from .workspace import epilogue_of, meet, workspace
 
 MOST_TOKENS = 4
 PIECE = 64
@@ -43,7 +44,7 @@ def _gather(
     tokens,
     rows,
     columns,
-    added,
+    epilogue,
     grouped,
     scale,
     KEPT: tl.constexpr,
@@ -69,7 +70,7 @@ def _gather(
             part += value * held.to(tl.float32)
         own = tl.load(scales + piece * 64 // GROUP * _TILE + row)
         total += part * own.to(tl.float32)
-    meet(y, total, residual, added, scale, partials, counters, tokens, rows, TOKENS)
+    meet(y, total, residual, epilogue, scale, partials, counters, tokens, rows, TOKENS)
 
 
 _gathered = Kernel(
@@ -98,9 +99,10 @@ def sparse_gather(
     residual: Tensor | None = None,
     scale: float = 1.0,
     experts: Tensor | None = None,
+    gated: bool = False,
 ) -> None:
     """As `sparse_gemv.sparse_gemv`, on any card, and on the CPU in Triton's interpreter."""
-    check_few(x, weight, out, residual, experts)
+    check_few(x, weight, out, residual, experts, gated)
     tokens, copies = (1, len(x)) if experts is not None else (len(x), 1)
     padded = 1 << (tokens - 1).bit_length()
     pieces = weight.columns // PIECE
@@ -110,7 +112,7 @@ def sparse_gather(
         *(weight.codes, weight.scales, out if residual is None else residual),
         *(counters if experts is None else experts, partials, counters),
     )
-    flags = (int(residual is not None), int(experts is not None))
+    flags = (epilogue_of(residual, gated), int(experts is not None))
     _gathered.launch(
         (weight.tiles, splits, copies),
         *(out, x, *tensors, tokens, weight.rows, weight.columns, *flags, float(scale)),
@@ -126,27 +128,19 @@ def check_few(
     out: Tensor,
     residual: Tensor | None,
     experts: Tensor | None,
+    gated: bool,
+    dense: bool = False,
 ) -> None:
     """KernelInputError unless the kernels for few tokens can take these."""
-    fault = ""
-    if not supports(weight.format, weight.columns):
+    if dense and not weight.format.dense:
+        fault = f"takes dense int4 and int8, not {weight.format}"
+    elif not dense and not supports(weight.format, weight.columns):
         fault = f"takes N:16 int4 in groups of 64 or 128, K a multiple of 64, not {weight.format}"
-    elif x.dim() != 2 or x.shape[1] != weight.columns or x.dtype not in _DTYPES:
-        fault = f"x is {x.dtype} {tuple(x.shape)}; K is {weight.columns}"
-    elif (experts is None) != (weight.experts is None):
-        fault = "a stack of weights needs `experts`, a single one has none"
+    elif x.dtype not in _DTYPES:
+        fault = f"x is {x.dtype}; choose one of {', '.join(map(str, _DTYPES))}"
     elif experts is None and not 1 <= len(x) <= MOST_TOKENS:
         fault = f"x has {len(x)} tokens; it takes 1 to {MOST_TOKENS}"
-    elif experts is not None and (experts.dtype != torch.int32 or experts.shape != x.shape[:1]):
-        fault = f"experts is {experts.dtype} {tuple(experts.shape)}; it must be int32 [{len(x)}]"
-    for name, tensor in (("out", out), ("residual", residual)):
-        wanted = (len(x), weight.rows)
-        if tensor is not None and (tuple(tensor.shape) != wanted or tensor.dtype != x.dtype):
-            fault = fault or f"{name} is {tensor.dtype} {tuple(tensor.shape)}; not {wanted}"
-    for name, tensor in (("x", x), ("out", out), ("residual", residual), ("experts", experts)):
-        if tensor is not None and not tensor.is_contiguous():
-            fault = fault or f"{name} is not contiguous"
-        if tensor is not None and tensor.device != weight.device:
-            fault = fault or f"{name} is on {tensor.device}, the weight on {weight.device}"
+    else:
+        fault = misfit(x, weight, out, residual, experts, gated)
     if fault:
         raise KernelInputError(f"few tokens: {fault}")

@@ -32,7 +32,7 @@ from .launching.launch import Kernel, Variant
 from .launching.targets import NVIDIA, Target, target_of
 from .sparse_gather import FEW_TYPES, PIECE, check_few, supports
 from .tuning import gemv_plan
-from .workspace import meet, workspace
+from .workspace import epilogue_of, meet, workspace
 
 _TILE = tl.constexpr(TILE)
 
@@ -136,7 +136,7 @@ def _sparse_gemv(
     tokens,
     rows,
     columns,
-    added,
+    epilogue,
     grouped,
     scale,
     KEPT: tl.constexpr,
@@ -226,7 +226,7 @@ def _sparse_gemv(
         both = tl.join(low, high)
     TOKENS: tl.constexpr = 2 * PAIRS if PAIRS else 1
     total = tl.sum(tl.reshape(both, [WARPS, _TILE, TOKENS]), 0) * 0.0625
-    meet(y, total, residual, added, scale, partials, counters, tokens, rows, TOKENS)
+    meet(y, total, residual, epilogue, scale, partials, counters, tokens, rows, TOKENS)
 
 
 @triton.jit
@@ -302,15 +302,17 @@ def sparse_gemv(
     residual: Tensor | None = None,
     scale: float = 1.0,
     experts: Tensor | None = None,
+    gated: bool = False,
 ) -> None:
     """(x weight^T + residual) * scale of [tokens, K] into `out` [tokens, R].
 
     One to four tokens and one weight; or, with `experts` (int32 [tokens], each an index into the
-    stack), any number of tokens, each by its own weight of the stack in one launch. All are
+    stack), any number of tokens, each by its own weight of the stack in one launch. `gated` takes
+    rows 2i and 2i + 1 as a gate and its input: gelu(gate) * input, into [tokens, R/2]. All are
     contiguous, on one NVIDIA card and of one dtype (bfloat16, float16 or float32); results depend
     on no timing. Raises `KernelInputError` if something does not fit.
     """
-    check_few(x, weight, out, residual, experts)
+    check_few(x, weight, out, residual, experts, gated)
     tokens, copies = (1, len(x)) if experts is not None else (len(x), 1)
     partials, counters = workspace(x.device)
     tensors = (
@@ -319,7 +321,7 @@ def sparse_gemv(
     )
     numbers = (
         *(tokens, weight.rows, weight.columns),
-        *(int(residual is not None), int(experts is not None), float(scale)),
+        *(epilogue_of(residual, gated), int(experts is not None), float(scale)),
     )
     pieces = weight.columns // PIECE
     own = {"KEPT": weight.format.kept, "GROUP": weight.format.group}

@@ -33,6 +33,9 @@ class EngineConfig(BaseModel):
     """`auto` is the GPU if there is one, else the CPU; or a torch device such as `cuda:0`."""
     dtype: DTypeName = "auto"
     """`auto` is float32 on the CPU and bfloat16 on a GPU."""
+    weight_format: str | None = None
+    """Format of the layers' large weights, such as `dense-int8-g64` or `5:16-int4-g64`, into which
+    loading packs them by magnitude alone; None leaves them as they are."""
     max_context: int | None = Field(default=None, gt=0)
     """Longest prompt plus answer in tokens; None takes the model's own limit, at most 8192."""
     max_sequences: int = Field(default=64, gt=0)

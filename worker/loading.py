@@ -9,9 +9,12 @@ from pathlib import Path
 
 import torch
 
+from ..kernels.errors import LayoutError
+from ..kernels.layouts import Format
 from .config import EngineConfig
 from .errors import CheckpointError, ConfigError
 from .model.config import ModelConfig, cache_groups
+from .model.packed import pack_decoder, round_decoder
 from .runner import ModelRunner
 from .scheduling.sizing import CachePlan, plan_cache
 from .text.tokenizer import Tokenizer
@@ -74,7 +77,14 @@ def load_model(config: EngineConfig, progress: Progress | None = None) -> Loaded
             f"the tokenizer has {tokenizer.vocabulary_size} tokens, the model only "
             f"{model.vocab_size}: they do not belong together"
         )
+    format = _weight_format(config.weight_format)
     decoder = load_decoder(folder, model, device, dtype, progress)
+    parameters = sum(parameter.numel() for parameter in decoder.parameters())
+    if format is not None and device.type == "cpu":
+        round_decoder(decoder, format)
+    elif format is not None:
+        pack_decoder(decoder, format)
+        torch.cuda.empty_cache()
     groups = cache_groups(model)
     plan = plan_cache(
         config, groups, model.max_position_embeddings, dtype.itemsize, _free_memory(device)
@@ -88,8 +98,8 @@ def load_model(config: EngineConfig, progress: Progress | None = None) -> Loaded
         windows=tuple(group.window for group in groups),
         device=device,
         dtype=dtype,
-        parameters=sum(parameter.numel() for parameter in decoder.parameters()),
-        fingerprint=fingerprint(folder),
+        parameters=parameters,
+        fingerprint=fingerprint(folder) + (f" {format}" if format else ""),
     )
 
 
@@ -142,6 +152,13 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
+
+
+def _weight_format(text: str | None) -> Format | None:
+    try:
+        return None if text is None else Format.parse(text)
+    except LayoutError as error:
+        raise ConfigError(f"weight_format: {error}") from error
 
 
 def _free_memory(device: torch.device) -> int:

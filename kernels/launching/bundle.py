@@ -82,9 +82,10 @@ class Summary:
 
 
 def catalogue() -> Iterator[Variant]:
-    """The variants of all kernels: of every file of `kernels/` that has a `variants()`."""
-    for path in sorted(PACKAGED.parent.glob("*.py")):
-        module = importlib.import_module(f"..{path.stem}", __package__)
+    """The variants of all kernels: of every file below `kernels/` that has a `variants()`."""
+    for path in sorted(PACKAGED.parent.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGED.parent).with_suffix("").parts)
+        module = importlib.import_module(f"..{name}", __package__)
         yield from getattr(module, "variants", tuple)()
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from benchmarks.plans import Asked, answered, key_of, plans_for, questions, rule_of
-from conclave.kernels import sparse_gemv, sparse_matmul, tuning
+from conclave.kernels import sparse_gemv, tuning
+from conclave.kernels.tensor_cores import matmul
 from conclave.kernels.workspace import PARTIALS
 
 FEW = Asked("gemv_plan", (168, 84, 1, 1))
@@ -53,7 +54,7 @@ def test_kernels_get_the_answers_given() -> None:
     before = ask_gemv()
     with answered("gemv_plan", lambda *_: (4, 7)), answered("matmul_splits", lambda *_: 9):
         assert ask_gemv() == (4, 7)
-        assert vars(sparse_matmul)["matmul_splits"]() == 9
+        assert vars(matmul)["matmul_splits"]() == 9
     assert ask_gemv() == before
 
 

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from conclave.kernels import reference
 from conclave.kernels.errors import KernelInputError
 from conclave.kernels.layouts import Format, PackedWeight, pack, unpack
-from conclave.kernels.linear import grouped_linear, linear
+from conclave.kernels.linear import gated_linear, grouped_linear, linear
 
 DEVICES = ["cuda"] if torch.cuda.is_available() else ["cpu"]
 on_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card")
@@ -36,7 +36,7 @@ def test_leading_dimensions(shape: tuple[int, ...]) -> None:
 def test_experts() -> None:
     weight = weight_of("5:16-int4-g64", 4, 80, 64)
     x = torch.randn(6, 64, device=DEVICES[0])
-    experts = torch.tensor([3, 0, 3, 1, 1, 2], dtype=torch.int32, device=DEVICES[0])
+    experts = torch.tensor([0, 1, 1, 2, 3, 3], dtype=torch.int32, device=DEVICES[0])
     expected = torch.einsum("tk,trk->tr", x, unpack(weight)[experts.long()])
     torch.testing.assert_close(grouped_linear(x, weight, experts), expected, rtol=1e-4, atol=1e-4)
 
@@ -56,6 +56,7 @@ def test_what_does_not_fit_is_refused() -> None:
     x, experts = torch.zeros(2, 64, device=DEVICES[0]), torch.zeros(2, dtype=torch.int32)
     wrong: dict[str, Callable[[], object]] = {
         "64 columns": lambda: linear(x[:, :32], weight),
+        "no pairs": lambda: gated_linear(x, weight_of("5:16-int4-g64", 79, 64)),
         "residual is": lambda: linear(x, weight, x),
         "the weight on": lambda: linear(x.to("meta"), weight),
         "takes a stack": lambda: grouped_linear(x, weight, experts),
@@ -78,7 +79,10 @@ def test_what_does_not_fit_is_refused() -> None:
         ("5:16-int8-g64", 200, 704),
         ("5:16-bf16", 200, 704),
         ("dense-int4-g32", 200, 704),
+        ("dense-int4-g64", 200, 2112),
+        ("dense-int4-g128", 384, 1024),
         ("dense-int8-g64", 200, 704),
+        ("dense-int8-g128", 1408, 256),
     ],
 )
 def test_every_number_of_tokens(text: str, rows: int, columns: int, tokens: int) -> None:
@@ -90,6 +94,31 @@ def test_every_number_of_tokens(text: str, rows: int, columns: int, tokens: int)
     for added, expected in ((None, exact), (residual, exact + residual)):
         torch.full((1 << 22,), torch.nan, device="cuda")
         assert relative_error(linear(x, weight, added), expected) <= 3e-3
+    gate = torch.nn.functional.gelu(exact[:, ::2], approximate="tanh")
+    torch.full((1 << 22,), torch.nan, device="cuda")
+    assert relative_error(gated_linear(x, weight), gate * exact[:, 1::2]) <= 5e-3
+
+
+@on_card
+@pytest.mark.parametrize("tokens", [1, 6, 7, 17, 100, 255, 1000, 5000])
+@pytest.mark.parametrize("text", ["5:16-int4-g64", "dense-int4-g64", "dense-int8-g64"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_tokens_sorted_by_expert(text: str, tokens: int, gated: bool) -> None:
+    """Few and many tokens, experts that nobody or nearly all have chosen."""
+    weight = weight_of(text, 6, 200, 704)
+    x = torch.randn(tokens, 704, device="cuda", dtype=torch.bfloat16)
+    experts = torch.tensor([0, 1, 1, 1, 1, 1, 1, 3, 5], dtype=torch.int32, device="cuda")
+    experts = experts[torch.randint(9, (tokens,), device="cuda")].sort().values.to(torch.int32)
+    wanted = torch.empty(tokens, 200, device="cuda", dtype=torch.float64)
+    for expert in range(6):
+        own = experts == expert
+        wanted[own] = x[own].double() @ unpack(weight.expert(expert)).double().T
+    if gated:
+        gate = torch.nn.functional.gelu(wanted[:, ::2], approximate="tanh")
+        wanted = gate * wanted[:, 1::2]
+    torch.full((1 << 22,), torch.nan, device="cuda")
+    most = 5e-3 if gated else 3e-3
+    assert relative_error(grouped_linear(x, weight, experts, gated), wanted) <= most
 
 
 @on_card

@@ -82,7 +82,7 @@ def test_linear(text: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         (linear(x, packed, residual, 3.0), (plain + residual) * 3),
         (
             gated_linear(x, packed),
-            torch.nn.functional.gelu(plain[..., :100], approximate="tanh") * plain[..., 100:],
+            torch.nn.functional.gelu(plain[..., ::2], approximate="tanh") * plain[..., 1::2],
         ),
     ):
         assert output.dtype == dtype and output.shape == expected.shape
@@ -94,12 +94,16 @@ def test_linear(text: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
 def test_grouped_linear(text: str) -> None:
     torch.manual_seed(0)
     packed = pack(torch.randn(4, 20, 64), Format.parse(text))
-    x, experts = torch.randn(6, 64), torch.tensor([3, 0, 3, 1, 1, 3], dtype=torch.int32)
+    x, experts = torch.randn(6, 64), torch.tensor([0, 1, 1, 3, 3, 3], dtype=torch.int32)
     output = grouped_linear(x, packed, experts)
     for token, expert in enumerate(experts.tolist()):
         assert torch.allclose(output[token], linear(x[token], packed.expert(expert)), atol=1e-5)
     one = grouped_linear(x[:1].expand(2, -1), packed, experts[:2])
-    assert torch.allclose(one[1], linear(x[0], packed.expert(0)), atol=1e-5)
+    assert torch.allclose(one[1], linear(x[0], packed.expert(1)), atol=1e-5)
+    both = grouped_linear(x, packed, experts, gated=True)
+    for token, expert in enumerate(experts.tolist()):
+        expected = gated_linear(x[token], packed.expert(expert))
+        assert torch.allclose(both[token], expected, atol=1e-5)
 
 
 def test_linears_refuse_what_does_not_fit() -> None:
@@ -110,7 +114,8 @@ def test_linears_refuse_what_does_not_fit() -> None:
         ("3 x 64", lambda: linear(x[:, :48], single)),
         ("stack of 2", lambda: linear(x, stack)),
         ("residual", lambda: linear(x, single, x)),
-        ("even", lambda: gated_linear(x, single)),
+        ("pairs", lambda: gated_linear(x, single)),
+        ("ascend", lambda: grouped_linear(x, stack, torch.tensor([1, 0], dtype=torch.int32))),
         ("single", lambda: grouped_linear(x, single, experts)),
         ("int32", lambda: grouped_linear(x, stack, experts.long())),
         ("int32", lambda: grouped_linear(x, stack, experts[:1])),

@@ -89,6 +89,18 @@ def test_each_token_by_its_own_expert(
     assert relative_error(out, expected) <= round_off[torch.float32]
 
 
+def test_gated(few: Few, device: torch.device, round_off: dict[torch.dtype, float]) -> None:
+    """Rows 2i and 2i + 1 are a gate and its input; large ones neither overflow nor leak NaN."""
+    weight = weight_of("5:16-int4-g64", device, 144, 256)
+    for tokens in (1, 3):
+        x = torch.randn(tokens, 256, device=device) * 30
+        out = torch.full((tokens, 72), torch.nan, device=device)
+        few(x, weight, out, gated=True)
+        exact = x.double() @ unpack(weight).double().T
+        expected = torch.nn.functional.gelu(exact[:, ::2], approximate="tanh") * exact[:, 1::2]
+        assert relative_error(out, expected) <= 2e-3
+
+
 def test_twice_the_same(few: Few, device: torch.device) -> None:
     weight = weight_of("5:16-int4-g64", device, 256, 1024)
     x = torch.randn(1, 1024, device=device)
@@ -104,11 +116,12 @@ def test_what_does_not_fit_is_refused(few: Few, device: torch.device) -> None:
     stack = weight_of("5:16-int4-g64", device, 2, 32, 64)
     eight = weight_of("5:16-int8-g64", device, 32, 64)
     wrong: dict[str, Callable[[], object]] = {
-        "K is 64": lambda: few(x[:, :32], weight, out),
+        r"tokens, 64\]": lambda: few(x[:, :32], weight, out),
         "takes N:16 int4": lambda: few(x, eight, out),
         "1 to 4": lambda: few(x.expand(5, -1), weight, out.expand(5, -1)),
         "out is": lambda: few(x, weight, out.double()),
         "residual is": lambda: few(x, weight, out, residual=out[:, :1]),
+        "even number": lambda: few(x, weight, out[:, ::2], residual=out[:, ::2], gated=True),
         "needs `experts`": lambda: few(x, stack, out),
         "experts is": lambda: few(x, stack, out, experts=torch.zeros(1, device=device)),
         "not contiguous": lambda: sparse_gemv(

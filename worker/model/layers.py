@@ -194,10 +194,7 @@ class Experts(nn.Module):
         """Experts of `hidden`, chosen by `residual`; all [T, hidden]."""
         weights, chosen = self.route(residual)
         order = chosen.flatten().argsort(stable=True)
-        counts = chosen.flatten().bincount(minlength=len(self.gate_up)).tolist()
-        inputs = hidden[order // self.active].split(counts)
-        hit = [index for index, count in enumerate(counts) if count]
-        outputs = torch.cat([self.run(index, inputs[index]) for index in hit])
+        outputs = self.run(hidden[order // self.active], chosen.flatten()[order])
         back = torch.empty_like(order).scatter_(
             0, order, torch.arange(len(order), device=order.device)
         )
@@ -205,10 +202,16 @@ class Experts(nn.Module):
         output: Tensor = (per_token * weights[..., None]).sum(1).to(hidden.dtype)
         return output
 
-    def run(self, index: int, hidden: Tensor) -> Tensor:
-        """One expert on its tokens, [n, hidden] to [n, hidden]."""
-        gate, up = F.linear(hidden, self.gate_up[index]).chunk(2, -1)
-        return F.linear(F.gelu(gate, approximate="tanh") * up, self.down[index])
+    def run(self, inputs: Tensor, chosen: Tensor) -> Tensor:
+        """Each of `inputs` [n, hidden] by its expert, `chosen` [n] in ascending order."""
+        counts = chosen.bincount(minlength=len(self.gate_up)).tolist()
+        outputs = []
+        for index, own in enumerate(inputs.split(counts)):
+            if len(own):
+                gate, up = F.linear(own, self.gate_up[index]).chunk(2, -1)
+                inner = F.gelu(gate, approximate="tanh") * up
+                outputs.append(F.linear(inner, self.down[index]))
+        return torch.cat(outputs)
 
 
 class FeedForward(nn.Module):

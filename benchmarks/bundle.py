@@ -1,0 +1,118 @@
+"""What is in the bundle of kernels, and does an engine that runs from it compile anything?
+
+`make kernels` comes first. Without a GPU only the archive is counted. With one, engines answer from
+the shipped models, their weights packed into several formats: one token at a time, many at a time
+and prompts of all lengths, so that every way through the linear layers is taken; every launch of a
+kernel is counted by where the kernel came from.
+"""
+
+import argparse
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from conclave.kernels.launching.launch import jit_count, launches, use_bundle
+from conclave.kernels.launching.loader import PACKAGED, Bundle
+from conclave.worker import Engine
+
+from .records import FOLDER, write_headline, write_result
+from .records import HEADLINE as HEADLINE_FILE
+
+MODELS = ("debian-8m", "debian-moe-8m")
+FORMATS = ("5:16-int4-g64", "8:16-int4-g64", "dense-int4-g64", "dense-int8-g64", "5:16-bf16")
+PROMPTS = (1, 2, 3, 4, 7, 17, 60, 130, 250, 400)
+"""Tokens of the prompts."""
+console = Console(stderr=True)
+
+
+def main() -> None:
+    """Count, print, write down."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--bundle", type=Path, default=PACKAGED, help="the archive to look at")
+    parser.add_argument("--dry", action="store_true", help="print only; write no result")
+    parser.add_argument("--out", type=Path, help="a folder that gets a copy of what is written")
+    options = parser.parse_args()
+    if not options.bundle.exists():
+        raise SystemExit(f"{options.bundle} does not exist; `make kernels` makes it")
+    figures: dict[str, Any] = {
+        "bytes": options.bundle.stat().st_size,
+        "targets": contents(Bundle(options.bundle)),
+    }
+    if torch.cuda.is_available():
+        use_bundle(options.bundle)
+        figures["engines"] = [
+            engine_run(model, text)
+            for model in MODELS
+            for text in track(FORMATS, model, console=console)
+        ]
+        figures["compiled at run time"] = jit_count()
+    for name, rows in figures.items():
+        for row in rows if isinstance(rows, list) else [rows]:
+            print(name, row)
+    if not options.dry:
+        save(figures, options.out)
+
+
+def contents(bundle: Bundle) -> list[dict[str, Any]]:
+    """One row a target."""
+    rows = []
+    for target in bundle.targets:
+        entries = bundle.entries(target).values()
+        rows.append(
+            {
+                "target": target,
+                "kernels": len({entry.kernel for entry in entries}),
+                "variants": len(entries),
+                "spilling": sum(entry.spilled > 0 for entry in entries),
+                "most_registers": max(entry.registers for entry in entries),
+            }
+        )
+    return rows
+
+
+def engine_run(model: str, text: str) -> dict[str, Any]:
+    """One engine answers prompts alone, then all at once."""
+    before, compiled = launches(), jit_count()
+    draw = random.Random(0)
+    folder = FOLDER.parent / "examples" / "models" / model
+    with Engine(folder, device="cuda", weight_format=text, kv_tokens=16384) as engine:
+        prompts = [[draw.randrange(10, 4000) for _ in range(length)] for length in PROMPTS]
+        for batch in ([prompt] for prompt in prompts), [prompts], [prompts * 5]:
+            for asked in batch:
+                streams = [engine.stream(prompt, max_tokens=4, ignore_eos=True) for prompt in asked]
+                tokens = [len(stream.result().token_ids) for stream in streams]
+                assert tokens == [4] * len(asked)
+    sources: dict[str, int] = {}
+    for (_, source), count in (launches() - before).items():
+        sources[source] = sources.get(source, 0) + count
+    return {
+        "model": model,
+        "weights": text,
+        "launches_from_bundle": sources.pop("bundle", 0),
+        "launches_from_elsewhere": sum(sources.values()),
+        "compiled": jit_count() - compiled,
+    }
+
+
+def save(figures: dict[str, Any], out: Path | None) -> None:
+    """Write the result and the headline figures that this script owns."""
+    written = [write_result("bundle", figures), HEADLINE_FILE]
+    targets = len(figures["targets"])
+    write_headline("bundle_targets", targets, "count", (targets, targets))
+    if "engines" in figures:
+        count = figures["compiled at run time"]
+        write_headline("bundle_jit_count", count, "count", (count, count))
+    for path in written:
+        print(f"written: {path}")
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, out)
+
+
+if __name__ == "__main__":
+    main()
