@@ -19,15 +19,15 @@ class Asked(NamedTuple):
     """One question: the function, and its arguments but the device."""
 
     function: str
-    """"gemv_plan" or "matmul_splits"."""
+    """"gemv_plan", "dense_plan" or "matmul_splits"."""
     arguments: tuple[int, ...]
 
 
 def key_of(asked: Asked) -> str:
     """Where the table has the answer."""
-    if asked.function == "gemv_plan":
-        tiles, pieces, tokens, copies = asked.arguments
-        return f"gemv {tokens} {tiles}x{pieces}x{copies}"
+    if asked.function != "matmul_splits":
+        *bits, tiles, pieces, tokens, copies = asked.arguments
+        return "".join(f"dense{n} " for n in bits) + f"gemv {tokens} {tiles}x{pieces}x{copies}"
     tiles, chunks, blocks, tokens = asked.arguments
     return f"matmul {tokens} {tiles}x{chunks}x{blocks}"
 
@@ -36,13 +36,15 @@ def rule_of(asked: Asked, processors: int) -> Plan:
     """The answer without a table."""
     if asked.function == "gemv_plan":
         return tuning.gemv_rule(*asked.arguments)
+    if asked.function == "dense_plan":
+        return tuning.dense_rule(*asked.arguments[1:])
     return (tuning.matmul_rule(processors, *asked.arguments),)
 
 
 def plans_for(asked: Asked) -> list[Plan]:
     """Answers to try: what the workspace has room for."""
-    if asked.function == "gemv_plan":
-        tiles, pieces, tokens, copies = asked.arguments
+    if asked.function != "matmul_splits":
+        tiles, pieces, tokens, copies = asked.arguments[-4:]
         plans = {(warps, -(-pieces // (warps * steps))) for warps in (1, 2, 4) for steps in _STEPS}
         return sorted(plan for plan in plans if _fits(plan[1], tiles * copies, tokens))
     tiles, chunks, blocks, tokens = asked.arguments
@@ -79,6 +81,7 @@ def questions(launch: Callable[[], object]) -> list[Asked]:
 
     with (
         answered("gemv_plan", noting("gemv_plan")),
+        answered("dense_plan", noting("dense_plan")),
         answered("matmul_splits", noting("matmul_splits")),
     ):
         launch()

@@ -21,19 +21,20 @@ from torch import Tensor
 from conclave.kernels import tuning
 
 from .clock import Launch, launches_over, replayed
-from .contestants import SPARSE, Contestant, ours
+from .contestants import DENSE4, DENSE8, SPARSE, Contestant, ours
 from .experts import choices, own_stack, random_stack
 from .plans import Asked, Plan, answered, key_of, plans_for, questions, rule_of
 from .shapes import EXPERTS_EACH, LINEARS, STACKS, Shape
 
 LEAST_GAIN = 1.02
-TOKENS = (1, 2, 4, 16, 32, 64, 128, 256)
+TOKENS = {SPARSE: (1, 2, 4, 16, 32, 64, 128, 256), DENSE4: (1, 2, 4), DENSE8: (1,)}
 console = Console(stderr=True)
 
 
 def main() -> None:
     """Measure every shape, print, write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kinds", nargs="+", choices=TOKENS, default=list(TOKENS))
     parser.add_argument("--dry", action="store_true", help="print only; write no table")
     parser.add_argument("--out", type=Path, help="a folder that gets a copy of the table")
     options = parser.parse_args()
@@ -43,11 +44,11 @@ def main() -> None:
     card = torch.cuda.get_device_name()
     own = dict(tuning.tuned_entries().get(card, {}))
     for shape in track((*LINEARS, *STACKS), "tuning", console=console):
-        for work in works(shape):
+        for work in works(shape, options.kinds):
             for asked in questions(partial(work.launch, 0)):
                 rule, best, gain = sweep(asked, work)
                 print(
-                    f"{shape!s:14} {work.tokens:4d}  {key_of(asked):24} "
+                    f"{shape!s:14} {work.tokens:4d}  {key_of(asked):30} "
                     f"rule {rule!s:9} best {best!s:9} {gain:.3f}x"
                 )
                 own.pop(key_of(asked), None)
@@ -71,8 +72,10 @@ class Work(NamedTuple):
     launches: int
 
 
-def works(shape: Shape) -> Iterator[Work]:
-    """The shape's 5:16 int4 times random activations, at each number of tokens."""
+def works(shape: Shape, kinds: list[str]) -> Iterator[Work]:
+    """The shape's weight, in each kind, times random activations, at each number of tokens."""
+    if shape.experts and SPARSE not in kinds:
+        return
     if shape.experts:
         weight = random_stack(shape)
         for tokens in (1, 8):
@@ -82,14 +85,16 @@ def works(shape: Shape) -> Iterator[Work]:
             yield Work(tokens, partial(stack.multiply, x), len(chosen))
         return
     weight = torch.randn(shape.rows, shape.columns, dtype=torch.bfloat16, device="cuda")
-    (sparse,) = ours(SPARSE)(weight)
-    for tokens in TOKENS:
-        x = sparse.activations(tokens)
-        yield Work(tokens, partial(_single, sparse, x), launches_over(sparse.copies))
+    for kind in kinds:
+        (way,) = ours(kind)(weight)
+        for tokens in TOKENS[kind]:
+            yield Work(
+                tokens, partial(_single, way, way.activations(tokens)), launches_over(way.copies)
+            )
 
 
-def _single(sparse: Contestant, x: Tensor, index: int) -> Tensor:
-    return sparse.multiply(x, index % sparse.copies)
+def _single(way: Contestant, x: Tensor, index: int) -> Tensor:
+    return way.multiply(x, index % way.copies)
 
 
 def sweep(asked: Asked, work: Work) -> tuple[Plan, Plan, float]:
@@ -106,7 +111,7 @@ def sweep(asked: Asked, work: Work) -> tuple[Plan, Plan, float]:
 
 def _time(asked: Asked, plan: Plan, work: Work, repeats: int) -> float:
     def answer(*_: object) -> object:
-        return plan if asked.function == "gemv_plan" else plan[0]
+        return plan[0] if asked.function == "matmul_splits" else plan
 
     with answered(asked.function, answer):
         return replayed(work.launch, work.launches, repeats, milliseconds=2).median

@@ -9,21 +9,23 @@ from conclave.kernels.tensor_cores import matmul
 from conclave.kernels.workspace import PARTIALS
 
 FEW = Asked("gemv_plan", (168, 84, 1, 1))
+DENSE = Asked("dense_plan", (4, 168, 84, 1, 1))
 MANY = Asked("matmul_splits", (168, 42, 2, 128))
 
 
 def test_what_is_written_is_what_kernels_look_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = {"some card": {key_of(FEW): [2, 3], key_of(MANY): [5]}}
+    table = {"some card": {key_of(FEW): [2, 3], key_of(DENSE): [4, 6], key_of(MANY): [5]}}
     monkeypatch.setattr(tuning, "_card", lambda device: ("some card", 132))
     monkeypatch.setattr(tuning, "_table", lambda: table)
-    for function in (tuning.gemv_plan, tuning.matmul_splits):
+    for function in (tuning.gemv_plan, tuning.dense_plan, tuning.matmul_splits):
         function.cache_clear()
     device = torch.device("cpu")
     try:
         assert tuning.gemv_plan(device, *FEW.arguments) == (2, 3)
+        assert tuning.dense_plan(device, *DENSE.arguments) == (4, 6)
         assert tuning.matmul_splits(device, *MANY.arguments) == 5
     finally:
-        for function in (tuning.gemv_plan, tuning.matmul_splits):
+        for function in (tuning.gemv_plan, tuning.dense_plan, tuning.matmul_splits):
             function.cache_clear()
 
 
