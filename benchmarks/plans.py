@@ -12,6 +12,11 @@ from conclave.kernels.workspace import COUNTERS, PARTIALS
 Plan = tuple[int, ...]
 _STEPS = (2, 3, 4, 5, 6, 8, 12)
 """Steps along K of a warp."""
+_WARPS = {
+    **{("gemv_plan", 1): (1, 2, 4), ("gemv_plan", 2): (1, 4), ("gemv_plan", 4): (1,)},
+    **{("dense_plan", tokens): (1, 4) for tokens in (1, 2, 4)},
+}
+"""Of the kernels that come compiled."""
 _SPLITS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24)
 
 
@@ -45,7 +50,12 @@ def plans_for(asked: Asked) -> list[Plan]:
     """Answers to try: what the workspace has room for."""
     if asked.function != "matmul_splits":
         tiles, pieces, tokens, copies = asked.arguments[-4:]
-        plans = {(warps, -(-pieces // (warps * steps))) for warps in (1, 2, 4) for steps in _STEPS}
+        plans: set[Plan] = {
+            (warps, -(-pieces // (warps * steps)), *ahead)
+            for warps in _WARPS[asked.function, tokens]
+            for steps in _STEPS
+            for ahead in ([(0,), (2,)] if asked.function == "gemv_plan" else [()])
+        }
         return sorted(plan for plan in plans if _fits(plan[1], tiles * copies, tokens))
     tiles, chunks, blocks, tokens = asked.arguments
     splits = {-(-chunks // -(-chunks // wanted)) for wanted in _SPLITS if wanted <= chunks}

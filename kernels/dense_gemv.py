@@ -26,7 +26,7 @@ from .launching.targets import ALL, target_of
 from .sparse_gather import FEW_TYPES, check_few
 from .sparse_gemv import overlaps
 from .tuning import dense_plan
-from .workspace import epilogue_of, meet, workspace
+from .workspace import meet, workspace
 
 _TILE = tl.constexpr(TILE)
 _LARGE = 0x4B000000
@@ -158,7 +158,7 @@ def _dense_gemv(
     tokens,
     rows,
     columns,
-    epilogue,
+    added,
     grouped,
     scale,
     shared,
@@ -167,6 +167,7 @@ def _dense_gemv(
     TOKENS: tl.constexpr,
     WARPS: tl.constexpr,
     OVERLAP: tl.constexpr,
+    GATED: tl.constexpr,
 ):
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
@@ -174,6 +175,7 @@ def _dense_gemv(
     WIDTH: tl.constexpr = 64 if BITS == 4 else 32
     PARTS: tl.constexpr = 2 if BITS == 4 else 4
     EAGER: tl.constexpr = OVERLAP and TOKENS < 4
+    CHUNK: tl.constexpr = LINE if TOKENS < 4 else 4
     row = tl.arange(0, WIDTH)[None, None, :]
     half = tl.arange(0, 2)[None, :, None]
     warp = tl.arange(0, WARPS)[:, None, None]
@@ -202,24 +204,26 @@ def _dense_gemv(
         later = line + step * 2
         # Beyond the last line there are codes and scales of zero; x may be any.
         column = tl.minimum(line, lines - 1) * LINE
-        if EAGER:
+        if EAGER or TOKENS == 4:
             next_words = _words(words + later * 512, later < lines, WIDTH)
-            tl.debug_barrier()
-        held = ()
-        for token in tl.static_range(TOKENS):
-            own_x = x + tl.minimum(token, tokens - 1) * columns
-            held = held + _activations(own_x + column, LINE)
-        if not EAGER:
-            next_words = _words(words + later * 512, later < lines, WIDTH)
+            if EAGER:
+                tl.debug_barrier()
         own = _scales(scales, line >> shared, row, line < lines, BITS)
         part = ()
         for _ in tl.static_range(TOKENS * PARTS):
             part = part + (zero,)
         for i in tl.static_range(LINE):
+            if i % CHUNK == 0:
+                held = ()
+                for token in tl.static_range(TOKENS):
+                    own_x = x + tl.minimum(token, tokens - 1) * columns
+                    held = held + _activations(own_x + column + i, CHUNK)
+            if i == 0 and not EAGER and TOKENS < 4:
+                next_words = _words(words + later * 512, later < lines, WIDTH)
             values = _values(word, i, large, BITS)
             new = ()
             for n in tl.static_range(TOKENS * PARTS):
-                new = new + (part[n] + values[n % PARTS] * held[n // PARTS * LINE + i],)
+                new = new + (part[n] + values[n % PARTS] * held[n // PARTS * CHUNK + i % CHUNK],)
             part = new
         new = ()
         for n in tl.static_range(TOKENS * PARTS):
@@ -233,7 +237,7 @@ def _dense_gemv(
         low = tl.join(_token(sums, 0, BITS), _token(sums, 2, BITS))
         high = tl.join(_token(sums, 1, BITS), _token(sums, 3, BITS))
         total = tl.reshape(tl.join(low, high), [_TILE, 4])
-    meet(y, total, residual, epilogue, scale, partials, counters, tokens, rows, TOKENS)
+    meet(y, total, residual, added, scale, partials, counters, tokens, rows, TOKENS, GATED)
 
 
 _gemv = Kernel(_dense_gemv, grid="tiles, splits, copies", multiples_of_16=("columns",))
@@ -248,15 +252,19 @@ def variants() -> Iterator[Variant]:
     """What the bundle holds: the usual formats, bfloat16 in and out."""
     overlapping = tuple(target for target in ALL if overlaps(target))
     others = tuple(target for target in ALL if not overlaps(target))
-    for bits, tokens, warps in product((4, 8), (1, 2, 4), (1, 4)):
+    for bits, tokens, warps, gated in product((4, 8), (1, 2, 4), (1, 4), (False, True)):
         types = ("*bf16", "*bf16", "*i32" if bits == 4 else "*i8", *FEW_TYPES[1:], "i32", "i32")
         for targets, overlap in ((overlapping, True), (others, False)):
-            constants = {"BITS": bits, "TOKENS": tokens, "WARPS": warps, "OVERLAP": overlap}
+            constants = {
+                **{"BITS": bits, "TOKENS": tokens, "WARPS": warps},
+                **{"OVERLAP": overlap, "GATED": gated},
+            }
             yield Variant(_gemv, types, constants, warps, 1, targets, _options(overlap))
 
 
-def _options(overlap: bool) -> dict[str, bool]:
-    return {"launch_pdl": True} if overlap else {}
+def _options(overlap: bool) -> dict[str, int]:
+    """Where nothing overlaps, AMD's: the compiler is to leave registers for two warps at least."""
+    return {"launch_pdl": True} if overlap else {"waves_per_eu": 2}
 
 
 def dense_gemv(
@@ -284,13 +292,16 @@ def dense_gemv(
     )
     numbers = (
         *(tokens, weight.rows, weight.columns),
-        *(epilogue_of(residual, gated), int(experts is not None), float(scale)),
+        *(int(residual is not None), int(experts is not None), float(scale)),
         *((weight.format.group // line).bit_length() - 1, _LARGE),
     )
     _gemv.launch(
         (weight.tiles, splits, copies),
         *(out, x, *tensors, *numbers),
-        constants={"BITS": bits, "TOKENS": padded, "WARPS": warps, "OVERLAP": overlap},
+        constants={
+            **{"BITS": bits, "TOKENS": padded, "WARPS": warps},
+            **{"OVERLAP": overlap, "GATED": gated},
+        },
         warps=warps,
         stages=1,
         options=_options(overlap),

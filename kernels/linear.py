@@ -147,23 +147,25 @@ def _multiply(
     """`linear` or `gated_linear` into `out`, all on a card."""
     format, columns, amd = weight.format, weight.columns, torch.version.hip is not None
     few = len(x) <= sparse.MOST_TOKENS
+    # Tensor cores have caught up with dense int4 at two tokens: nothing is to be put in place.
+    alone = len(x) == 1 or format.bits == 8 or not _on_tensor_cores(x, weight)
     if few and sparse.supports(format, columns):
         op = sparse.sparse_gather if amd else sparse_gemv
         op(x, weight, out, residual, scale, gated=gated)
-    elif few and dense.supports(format, columns):
+    elif few and alone and dense.supports(format, columns):
         dense.dense_gemv(x, weight, out, residual, scale, gated=gated)
     elif len(x) <= MANY and _on_tensor_cores(x, weight):
         matmul(x, weight, out, residual, scale, gated=gated)
     else:
-        product = F.linear(x, expand(weight, _expanded(weight, x.dtype)))
+        dense_weight = expand(weight, _expanded(weight, x.dtype)).t()
         if gated:
-            product = product.unflatten(-1, (-1, 2))
-            gate = F.gelu(product[..., 0].float(), approximate="tanh")
-            torch.mul(gate, product[..., 1], out=out)
-            return
-        if residual is not None:
-            product = product.float() + residual
-        torch.mul(product, scale, out=out)
+            pairs = torch.mm(x, dense_weight).unflatten(-1, (-1, 2))
+            gate = F.gelu(pairs[..., 0].float(), approximate="tanh")
+            torch.mul(gate, pairs[..., 1], out=out)
+        elif residual is None:
+            torch.addmm(out, x, dense_weight, beta=0, alpha=scale, out=out)
+        else:
+            torch.addmm(residual, x, dense_weight, beta=scale, alpha=scale, out=out)
 
 
 def _on_tensor_cores(x: Tensor, weight: PackedWeight) -> bool:

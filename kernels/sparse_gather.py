@@ -5,6 +5,7 @@ survivor and token, which is enough where memory is slower than an H100's.
 """
 
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 import triton
@@ -17,7 +18,7 @@ from .formats import SHIPPED, TILE, Format, PackedWeight
 from .launching.launch import Kernel, Variant
 from .launching.targets import AMD
 from .tuning import gemv_plan
-from .workspace import epilogue_of, meet, workspace
+from .workspace import meet, workspace
 
 MOST_TOKENS = 4
 PIECE = 64
@@ -44,12 +45,13 @@ def _gather(
     tokens,
     rows,
     columns,
-    epilogue,
+    added,
     grouped,
     scale,
     KEPT: tl.constexpr,
     GROUP: tl.constexpr,
     TOKENS: tl.constexpr,
+    GATED: tl.constexpr,
 ):
     row = tl.arange(0, _TILE)[:, None]
     token = tl.arange(0, TOKENS)[None, :]
@@ -70,7 +72,7 @@ def _gather(
             part += value * held.to(tl.float32)
         own = tl.load(scales + piece * 64 // GROUP * _TILE + row)
         total += part * own.to(tl.float32)
-    meet(y, total, residual, epilogue, scale, partials, counters, tokens, rows, TOKENS)
+    meet(y, total, residual, added, scale, partials, counters, tokens, rows, TOKENS, GATED)
 
 
 _gathered = Kernel(
@@ -87,8 +89,9 @@ def supports(format: Format, columns: int) -> bool:
 def variants() -> Iterator[Variant]:
     """What the bundle holds: the usual formats, bfloat16 in and out."""
     for format in filter(lambda each: supports(each, PIECE), SHIPPED):
-        for tokens in (1, 2, 4):
-            constants = {"KEPT": format.kept, "GROUP": format.group, "TOKENS": tokens}
+        own = {"KEPT": format.kept, "GROUP": format.group}
+        for tokens, gated in product((1, 2, 4), (False, True)):
+            constants = {**own, "TOKENS": tokens, "GATED": gated}
             yield Variant(_gathered, ("*bf16", "*bf16", *FEW_TYPES), constants, 4, 1, AMD)
 
 
@@ -106,17 +109,18 @@ def sparse_gather(
     tokens, copies = (1, len(x)) if experts is not None else (len(x), 1)
     padded = 1 << (tokens - 1).bit_length()
     pieces = weight.columns // PIECE
-    _, splits = gemv_plan(x.device, weight.tiles, pieces, padded, copies)
+    own = {"KEPT": weight.format.kept, "GROUP": weight.format.group}
+    _, splits, _ = gemv_plan(x.device, weight.tiles, pieces, padded, copies)
     partials, counters = workspace(x.device)
     tensors = (
         *(weight.codes, weight.scales, out if residual is None else residual),
         *(counters if experts is None else experts, partials, counters),
     )
-    flags = (epilogue_of(residual, gated), int(experts is not None))
+    flags = (int(residual is not None), int(experts is not None))
     _gathered.launch(
         (weight.tiles, splits, copies),
         *(out, x, *tensors, tokens, weight.rows, weight.columns, *flags, float(scale)),
-        constants={"KEPT": weight.format.kept, "GROUP": weight.format.group, "TOKENS": padded},
+        constants={**own, "TOKENS": padded, "GATED": gated},
         warps=4,
         stages=1,
     )

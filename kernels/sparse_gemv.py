@@ -32,7 +32,7 @@ from .launching.launch import Kernel, Variant
 from .launching.targets import NVIDIA, Target, target_of
 from .sparse_gather import FEW_TYPES, PIECE, check_few, supports
 from .tuning import gemv_plan
-from .workspace import epilogue_of, meet, workspace
+from .workspace import meet, workspace
 
 _TILE = tl.constexpr(TILE)
 
@@ -123,6 +123,20 @@ def _rows_of(sums, FIRST: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
+def _prefetch(place, lane, SIZE: tl.constexpr):
+    """Brings SIZE bytes from the place of lane 0 into the L2 cache."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred first; .reg .b32 size; setp.eq.s32 first, $2, 0; mov.b32 size, $3;"
+        "@first cp.async.bulk.prefetch.L2.global [$1], size; mov.b32 $0, 0; }",
+        "=r,l,r,r",
+        [place.to(tl.int64, bitcast=True), lane, SIZE],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def _sparse_gemv(
     y,
     x,
@@ -136,14 +150,16 @@ def _sparse_gemv(
     tokens,
     rows,
     columns,
-    epilogue,
+    added,
     grouped,
     scale,
+    ahead,
     KEPT: tl.constexpr,
     GROUP: tl.constexpr,
     PAIRS: tl.constexpr,
     WARPS: tl.constexpr,
     OVERLAP: tl.constexpr,
+    GATED: tl.constexpr,
 ):
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
@@ -165,12 +181,17 @@ def _sparse_gemv(
     for _ in tl.static_range(4 * EACH * (PAIRS if PAIRS else 1)):
         sums = sums + (zero,)
     pieces = columns // 64
-    piece = tl.program_id(1) * WARPS + warp
+    begin = tl.program_id(1) * WARPS
+    piece = begin + warp
     next_words = _words(words + piece * (4 * KEPT * 32), piece < pieces, 4 * KEPT)
     if OVERLAP:
+        # What is read next comes closer while the kernel before this one ends.
+        for later in range(begin + step, tl.minimum(begin + ahead * step, pieces), step):
+            place = words + (later + warp) * (4 * KEPT * 32)
+            _prefetch(place, lane + tl.maximum(later + warp - pieces + 1, 0), KEPT * 512)
         tl.extra.cuda.gdc_wait()
     next_held = _activations(x, piece * 64 + lane % 16, piece < pieces, PAIRS)
-    for first in range(tl.program_id(1) * WARPS, pieces, step):
+    for first in range(begin, pieces, step):
         word = next_words
         held = next_held
         now = first + warp
@@ -226,7 +247,7 @@ def _sparse_gemv(
         both = tl.join(low, high)
     TOKENS: tl.constexpr = 2 * PAIRS if PAIRS else 1
     total = tl.sum(tl.reshape(both, [WARPS, _TILE, TOKENS]), 0) * 0.0625
-    meet(y, total, residual, epilogue, scale, partials, counters, tokens, rows, TOKENS)
+    meet(y, total, residual, added, scale, partials, counters, tokens, rows, TOKENS, GATED)
 
 
 @triton.jit
@@ -263,6 +284,8 @@ def _pairs(packed, factors, x, tokens, columns, PAIRS: tl.constexpr, OVERLAP: tl
 
 
 _MULTIPLES = ("columns",)
+_SHARES = ((0, 1), (0, 2), (0, 4), (1, 1), (1, 4), (2, 1))
+"""Pairs of tokens and warps that the bundle has."""
 _GRID = "tiles, splits, copies"
 _shuffled = Kernel(_sparse_gemv, grid=_GRID, multiples_of_16=_MULTIPLES)
 _paired = Kernel(_pairs, name="token_pairs", grid="columns / 64, PAIRS", multiples_of_16=_MULTIPLES)
@@ -279,10 +302,13 @@ def variants() -> Iterator[Variant]:
             yield Variant(_paired, types, constants, 1, 1, targets, _options(overlap))
         for format in filter(lambda each: supports(each, PIECE), SHIPPED):
             own = {"KEPT": format.kept, "GROUP": format.group}
-            for pairs, warps in product((0, 1, 2), (1, 4)):
+            for (pairs, warps), gated in product(_SHARES, (False, True)):
                 held = ("*i32", "*fp32") if pairs else ("*bf16", "none")
-                types = ("*bf16", *held, *FEW_TYPES)
-                constants = {**own, "PAIRS": pairs, "WARPS": warps, "OVERLAP": overlap}
+                types = ("*bf16", *held, *FEW_TYPES, "i32")
+                constants = {
+                    **{**own, "PAIRS": pairs, "WARPS": warps},
+                    **{"OVERLAP": overlap, "GATED": gated},
+                }
                 yield Variant(_shuffled, types, constants, warps, 1, targets, _options(overlap))
 
 
@@ -321,7 +347,7 @@ def sparse_gemv(
     )
     numbers = (
         *(tokens, weight.rows, weight.columns),
-        *(epilogue_of(residual, gated), int(experts is not None), float(scale)),
+        *(int(residual is not None), int(experts is not None), float(scale)),
     )
     pieces = weight.columns // PIECE
     own = {"KEPT": weight.format.kept, "GROUP": weight.format.group}
@@ -340,11 +366,11 @@ def sparse_gemv(
             stages=1,
             options=options,
         )
-    warps, splits = gemv_plan(x.device, weight.tiles, pieces, 2 * pairs or 1, copies)
+    warps, splits, ahead = gemv_plan(x.device, weight.tiles, pieces, 2 * pairs or 1, copies)
     _shuffled.launch(
         (weight.tiles, splits, copies),
-        *(out, held, factors, *tensors, *numbers),
-        constants={**own, "PAIRS": pairs, "WARPS": warps, "OVERLAP": overlap},
+        *(out, held, factors, *tensors, *numbers, ahead),
+        constants={**own, "PAIRS": pairs, "WARPS": warps, "OVERLAP": overlap, "GATED": gated},
         warps=warps,
         stages=1,
         options=options,

@@ -19,6 +19,9 @@ TABLE = Path(__file__).parent / "tuned.json"
 _PROGRAMS_EACH = {16: 3.8, 32: 2.7, 64: 2.0, 128: 1.0}
 """Programs for each processor that `matmul_rule` aims at, by tokens of a program."""
 
+MOST_AHEAD = 20_000
+"""Tiles times steps up to which weights are fetched ahead."""
+
 
 @lru_cache
 def _table() -> dict[str, dict[str, list[int]]]:
@@ -37,21 +40,27 @@ def _card(device: torch.device) -> tuple[str, int]:
 @lru_cache(maxsize=4096)
 def gemv_plan(
     device: torch.device, tiles: int, pieces: int, tokens: int, copies: int
-) -> tuple[int, int]:
-    """(warps, splits) of a program for `tiles` tiles of 128 rows and `pieces` steps along K."""
+) -> tuple[int, int, int]:
+    """(warps, splits, steps fetched ahead) for `tiles` of 128 rows and `pieces` steps along K."""
     tuned = _table().get(_card(device)[0], {}).get(f"gemv {tokens} {tiles}x{pieces}x{copies}")
-    return (tuned[0], tuned[1]) if tuned is not None else gemv_rule(tiles, pieces, tokens, copies)
+    if tuned is not None:
+        return tuned[0], tuned[1], tuned[2]
+    return gemv_rule(tiles, pieces, tokens, copies)
 
 
-def gemv_rule(tiles: int, pieces: int, tokens: int, copies: int) -> tuple[int, int]:
-    """The plan for what nobody has measured: four to six steps a warp."""
+def gemv_rule(tiles: int, pieces: int, tokens: int, copies: int) -> tuple[int, int, int]:
+    """The plan for what nobody has measured: four to six steps a warp.
+
+    Fetching ahead pays while nearly all programs run at once, for a weight of up to some 50 MB.
+    """
+    ahead = 2 if tokens == 1 == copies and tiles * pieces <= MOST_AHEAD else 0
     if tokens > 1:
         warps, splits = 1, -(-pieces // 5)
     elif pieces <= 128:
-        warps, splits = 1, -(-pieces // 4)
+        warps, splits = 2, -(-pieces // 12)
     else:
         warps, splits = 4, -(-pieces // 24)
-    return warps, _within(splits, tiles, tokens, copies)
+    return warps, _within(splits, tiles, tokens, copies), ahead
 
 
 @lru_cache(maxsize=4096)

@@ -20,7 +20,7 @@ from .formats import TILE
 PARTIALS = 8 << 20
 """float32 values of partial sums: 32 MiB for each device."""
 COUNTERS = 1 << 14
-PLAIN, ADDED, GATED = range(3)
+_PLAIN, _ADDED, _GATED = range(3)
 """What becomes of a sum: times the scale; the residual is added before; rows 2i and 2i + 1 are a
 gate and what it lets through."""
 _TILE = tl.constexpr(TILE)
@@ -55,8 +55,8 @@ def workspace(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def epilogue_of(residual: Tensor | None, gated: bool) -> int:
-    """What a kernel is to do with its sums."""
-    return GATED if gated else PLAIN if residual is None else ADDED
+    """What a kernel of tensor cores is to do with its sums."""
+    return _GATED if gated else _PLAIN if residual is None else _ADDED
 
 
 @triton.jit
@@ -67,53 +67,71 @@ def gated(gate, up):
 
 
 @triton.jit
-def _finish(y, total, residual, epilogue, scale, place, fits):
-    """Stores (total + residual) * scale, rounded once; without the residual unless it is added."""
-    total += tl.load(residual + place, mask=fits & (epilogue == 1), other=0.0).to(tl.float32)
+def _finish(y, total, residual, added, scale, place, fits):
+    """Stores (total + residual) * scale, rounded once; without the residual if `added` is 0."""
+    total += tl.load(residual + place, mask=fits & (added > 0), other=0.0).to(tl.float32)
     tl.store(y + place, (total * scale).to(y.dtype.element_ty), mask=fits)
 
 
 @triton.jit
-def _finish_tile(y, total, residual, epilogue, scale, tokens, rows, TOKENS: tl.constexpr):
-    """`_finish` for the sums [128, TOKENS] of a tile, or their gated product if that is asked."""
-    tile = tl.program_id(0)
+def _finish_gated(y, total, scale, tokens, rows, TOKENS: tl.constexpr):
+    """Stores gelu(row 2i) * row 2i + 1 of the sums [128, TOKENS] of a tile, times the scale."""
+    gate, up = tl.split(tl.permute(tl.reshape(total, [_TILE // 2, 2, TOKENS]), (0, 2, 1)))
+    pair = tl.program_id(0) * (_TILE // 2) + tl.arange(0, _TILE // 2)[:, None]
     token = tl.arange(0, TOKENS)[None, :]
-    line = tl.program_id(2) * TOKENS + token
-    if epilogue == 2:
-        gate, up = tl.split(tl.permute(tl.reshape(total, [_TILE // 2, 2, TOKENS]), (0, 2, 1)))
-        pair = tile * (_TILE // 2) + tl.arange(0, _TILE // 2)[:, None]
-        value = (gated(gate, up) * scale).to(y.dtype.element_ty)
-        there = (pair < rows // 2) & (token < tokens)
-        tl.store(y + line * (rows // 2) + pair, value, mask=there)
-    else:
-        row = tile * _TILE + tl.arange(0, _TILE)[:, None]
-        fits = (row < rows) & (token < tokens)
-        _finish(y, total, residual, epilogue, scale, line * rows + row, fits)
+    place = (tl.program_id(2) * TOKENS + token) * (rows // 2) + pair
+    value = (gated(gate, up) * scale).to(y.dtype.element_ty)
+    tl.store(y + place, value, mask=(pair < rows // 2) & (token < tokens))
 
 
 @triton.jit
 def meet(
-    y, total, residual, epilogue, scale, partials, counters, tokens, rows, TOKENS: tl.constexpr
+    y,
+    total,
+    residual,
+    added,
+    scale,
+    partials,
+    counters,
+    tokens,
+    rows,
+    TOKENS: tl.constexpr,
+    GATED: tl.constexpr,
 ):
     """Adds the splits' sums `total` [128, TOKENS] and stores the rows of the program's tile."""
     tile = tl.program_id(0)
     copy = tl.program_id(2)
     splits = tl.num_programs(1)
-    if splits == 1:
-        _finish_tile(y, total, residual, epilogue, scale, tokens, rows, TOKENS)
-    else:
+    token = tl.arange(0, TOKENS)[None, :]
+    row = tile * _TILE + tl.arange(0, _TILE)[:, None]
+    fits = (row < rows) & (token < tokens)
+    place = (copy * TOKENS + token) * rows + row
+    last = splits == 1
+    if splits > 1:
         area = tl.num_programs(0) * _TILE * TOKENS
         own = partials + copy * splits * area + tile * _TILE * TOKENS
-        own += tl.arange(0, _TILE)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
+        own += tl.arange(0, _TILE)[:, None] * TOKENS + token
         tl.store(own + tl.program_id(1) * area, total)
         tl.debug_barrier()
         counter = counters + copy * tl.num_programs(0) + tile
-        if tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1:
+        last = tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1
+        if last:
             total = tl.zeros([_TILE, TOKENS], tl.float32)
-            for split in range(splits):
-                total += tl.load(own + split * area, cache_modifier=".cg")
-            _finish_tile(y, total, residual, epilogue, scale, tokens, rows, TOKENS)
+            AT_ONCE: tl.constexpr = 8 if TOKENS == 1 else 4
+            for first in range(0, splits, AT_ONCE):
+                parts = ()
+                for i in tl.static_range(AT_ONCE):
+                    there = first + i < splits
+                    part = tl.load(own + (first + i) * area, there, 0.0, cache_modifier=".cg")
+                    parts = parts + (part,)
+                for i in tl.static_range(AT_ONCE):
+                    total += parts[i]
             tl.atomic_xchg(counter, 0, sem="relaxed")
+    if last:
+        if GATED:
+            _finish_gated(y, total, scale, tokens, rows, TOKENS)
+        else:
+            _finish(y, total, residual, added, scale, place, fits)
 
 
 @gluon.jit
@@ -163,6 +181,7 @@ def meet_distributed(
     Several small ones need fewer registers than one large. `flats` number the elements of all.
     VIEW is a shape and an order of its dimensions, by which the lowest bit of the row comes last.
     """
+    AT_ONCE: gl.constexpr = 4 if totals[0].numel <= 4096 else 2
     splits = gl.num_programs(2)
     if splits == 1:
         for i in gl.static_range(COUNT):
@@ -179,8 +198,14 @@ def meet_distributed(
         if gl.atomic_add(counters + program, 1, sem="acq_rel") == splits - 1:
             for i in gl.static_range(COUNT):
                 total = gl.zeros_like(totals[i])
-                for split in range(splits):
-                    total += gl.load(own + split * area + flats[i], cache_modifier=".cg")
+                for first in range(0, splits, AT_ONCE):
+                    parts = ()
+                    for j in gl.static_range(AT_ONCE):
+                        place = own + (first + j) * area + flats[i]
+                        there = first + j < splits
+                        parts = parts + (gl.load(place, there, 0.0, cache_modifier=".cg"),)
+                    for j in gl.static_range(AT_ONCE):
+                        total += parts[j]
                 _finish_distributed(
                     y, total, residual, epilogue, scale, stop, rows, row, tokens[i], VIEW
                 )

@@ -168,6 +168,9 @@ def tile_wgmma(
             factor = later
         else:
             total += part * factor.to(gl.float32)[:, None]
+    # Copies of zeros beyond the end may still be under way, into memory that what follows uses.
+    async_copy.wait_group(0)
+    barrier()
     if FOLD:
         total = part
     number = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, MMA))[None, :]

@@ -14,14 +14,14 @@ MANY = Asked("matmul_splits", (168, 42, 2, 128))
 
 
 def test_what_is_written_is_what_kernels_look_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = {"some card": {key_of(FEW): [2, 3], key_of(DENSE): [4, 6], key_of(MANY): [5]}}
+    table = {"some card": {key_of(FEW): [2, 3, 1], key_of(DENSE): [4, 6], key_of(MANY): [5]}}
     monkeypatch.setattr(tuning, "_card", lambda device: ("some card", 132))
     monkeypatch.setattr(tuning, "_table", lambda: table)
     for function in (tuning.gemv_plan, tuning.dense_plan, tuning.matmul_splits):
         function.cache_clear()
     device = torch.device("cpu")
     try:
-        assert tuning.gemv_plan(device, *FEW.arguments) == (2, 3)
+        assert tuning.gemv_plan(device, *FEW.arguments) == (2, 3, 1)
         assert tuning.dense_plan(device, *DENSE.arguments) == (4, 6)
         assert tuning.matmul_splits(device, *MANY.arguments) == 5
     finally:
@@ -33,8 +33,8 @@ def test_what_is_written_is_what_kernels_look_up(monkeypatch: pytest.MonkeyPatch
 def test_plans_for_few_tokens_fit(arguments: tuple[int, ...]) -> None:
     tiles, pieces, tokens, copies = arguments
     plans = plans_for(Asked("gemv_plan", arguments))
-    assert {warps for warps, _ in plans} == {1, 2, 4} and len(plans) > 10
-    for _, splits in plans:
+    assert {ahead for _, _, ahead in plans} == {0, 2} and len(plans) > 10
+    for _, splits, _ in plans:
         assert 1 <= splits <= pieces
         assert splits == 1 or splits * tiles * 128 * tokens * copies <= PARTIALS
 
