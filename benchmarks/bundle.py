@@ -24,7 +24,7 @@ from .records import FOLDER, write_headline, write_result
 from .records import HEADLINE as HEADLINE_FILE
 
 MODELS = ("debian-8m", "debian-moe-8m")
-FORMATS = ("5:16-int4-g64", "8:16-int4-g64", "dense-int4-g64", "dense-int8-g64", "5:16-bf16")
+FORMATS = ("5:16-int4-g64", "dense-int4-g64", "dense-int8-g64", "5:16-bf16")
 PROMPTS = (1, 2, 3, 4, 7, 17, 60, 130, 250, 400)
 """Tokens of the prompts."""
 console = Console(stderr=True)
@@ -34,33 +34,34 @@ def main() -> None:
     """Count, print, write down."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bundle", type=Path, default=PACKAGED, help="the archive to look at")
+    parser.add_argument("--engines", action="store_true", help="only run engines from it")
     parser.add_argument("--dry", action="store_true", help="print only; write no result")
     parser.add_argument("--out", type=Path, help="a folder that gets a copy of what is written")
     options = parser.parse_args()
     if not options.bundle.exists():
         raise SystemExit(f"{options.bundle} does not exist; `make kernels` makes it")
-    figures: dict[str, Any] = {
-        "bytes": options.bundle.stat().st_size,
-        "targets": contents(Bundle(options.bundle)),
-    }
+    if not options.engines:
+        tell(
+            "bundle", {"bytes": options.bundle.stat().st_size, **contents(options.bundle)}, options
+        )
     if torch.cuda.is_available():
         use_bundle(options.bundle)
-        figures["engines"] = [
-            engine_run(model, text)
-            for model in MODELS
-            for text in track(FORMATS, model, console=console)
-        ]
-        figures["compiled at run time"] = jit_count()
-    for name, rows in figures.items():
-        for row in rows if isinstance(rows, list) else [rows]:
-            print(name, row)
-    if not options.dry:
-        save(figures, options.out)
+        tell("bundle_engine", engines(), options)
 
 
-def contents(bundle: Bundle) -> list[dict[str, Any]]:
+def engines() -> dict[str, Any]:
+    """Every model with every format."""
+    runs = [
+        engine_run(model, text)
+        for model in MODELS
+        for text in track(FORMATS, model, console=console)
+    ]
+    return {"engines": runs, "compiled_at_run_time": jit_count()}
+
+
+def contents(path: Path) -> dict[str, Any]:
     """One row a target."""
-    rows = []
+    bundle, rows = Bundle(path), []
     for target in bundle.targets:
         entries = bundle.entries(target).values()
         rows.append(
@@ -72,7 +73,7 @@ def contents(bundle: Bundle) -> list[dict[str, Any]]:
                 "most_registers": max(entry.registers for entry in entries),
             }
         )
-    return rows
+    return {"targets": rows}
 
 
 def engine_run(model: str, text: str) -> dict[str, Any]:
@@ -99,19 +100,25 @@ def engine_run(model: str, text: str) -> dict[str, Any]:
     }
 
 
-def save(figures: dict[str, Any], out: Path | None) -> None:
-    """Write the result and the headline figures that this script owns."""
-    written = [write_result("bundle", figures), HEADLINE_FILE]
-    targets = len(figures["targets"])
-    write_headline("bundle_targets", targets, "count", (targets, targets))
-    if "engines" in figures:
-        count = figures["compiled at run time"]
+def tell(name: str, figures: dict[str, Any], options: argparse.Namespace) -> None:
+    """Print figures; write them, and the headline figure that is theirs, unless it is dry."""
+    for key, rows in figures.items():
+        for row in rows if isinstance(rows, list) else [rows]:
+            print(key, row)
+    if options.dry:
+        return
+    written = [write_result(name, figures), HEADLINE_FILE]
+    if name == "bundle":
+        count = len(figures["targets"])
+        write_headline("bundle_targets", count, "count", (count, count))
+    else:
+        count = figures["compiled_at_run_time"]
         write_headline("bundle_jit_count", count, "count", (count, count))
     for path in written:
         print(f"written: {path}")
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, out)
+        if options.out is not None:
+            options.out.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, options.out)
 
 
 if __name__ == "__main__":

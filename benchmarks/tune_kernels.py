@@ -35,6 +35,7 @@ def main() -> None:
     """Measure every shape, print, write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kinds", nargs="+", choices=TOKENS, default=list(TOKENS))
+    parser.add_argument("--tokens", nargs="+", type=int, help="of a linear; all if left out")
     parser.add_argument("--dry", action="store_true", help="print only; write no table")
     parser.add_argument("--out", type=Path, help="a folder that gets a copy of the table")
     options = parser.parse_args()
@@ -44,7 +45,7 @@ def main() -> None:
     card = torch.cuda.get_device_name()
     own = dict(tuning.tuned_entries().get(card, {}))
     for shape in track((*LINEARS, *STACKS), "tuning", console=console):
-        for work in works(shape, options.kinds):
+        for work in works(shape, options.kinds, options.tokens):
             for asked in questions(partial(work.launch, 0)):
                 rule, best, gain = sweep(asked, work)
                 print(
@@ -72,7 +73,7 @@ class Work(NamedTuple):
     launches: int
 
 
-def works(shape: Shape, kinds: list[str]) -> Iterator[Work]:
+def works(shape: Shape, kinds: list[str], counts: list[int] | None) -> Iterator[Work]:
     """The shape's weight, in each kind, times random activations, at each number of tokens."""
     if shape.experts and SPARSE not in kinds:
         return
@@ -87,7 +88,7 @@ def works(shape: Shape, kinds: list[str]) -> Iterator[Work]:
     weight = torch.randn(shape.rows, shape.columns, dtype=torch.bfloat16, device="cuda")
     for kind in kinds:
         (way,) = ours(kind)(weight)
-        for tokens in TOKENS[kind]:
+        for tokens in (each for each in TOKENS[kind] if not counts or each in counts):
             yield Work(
                 tokens, partial(_single, way, way.activations(tokens)), launches_over(way.copies)
             )
