@@ -51,16 +51,18 @@ def gemv_plan(
 def gemv_rule(tiles: int, pieces: int, tokens: int, copies: int) -> tuple[int, int, int]:
     """The plan for what nobody has measured: four to six steps a warp.
 
-    Fetching ahead pays while nearly all programs run at once, for a weight of up to some 50 MB.
+    Long rows need several warps, whose sums meet in the program. Fetching ahead pays while nearly
+    all programs run at once, for a weight of up to some 50 MB.
     """
-    ahead = 2 if tokens == 1 == copies and tiles * pieces <= MOST_AHEAD else 0
-    if tokens > 1:
-        warps, splits = 1, -(-pieces // 5)
-    elif pieces <= 128:
-        warps, splits = 2, -(-pieces // 12)
+    long = pieces > 128
+    if tokens == 4:
+        warps, steps, ahead = 1, 6, 0
+    elif tokens == 2:
+        warps, steps, ahead = (4, 6, 2) if long else (1, 4, 0)
     else:
-        warps, splits = 4, -(-pieces // 24)
-    return warps, _within(splits, tiles, tokens, copies), ahead
+        warps, steps, ahead = (4, 6, 2) if long else (2, 6, 2)
+    splits = _within(-(-pieces // (warps * steps)), tiles, tokens, copies)
+    return warps, splits, ahead if copies == 1 and tiles * pieces <= MOST_AHEAD else 0
 
 
 @lru_cache(maxsize=4096)
@@ -74,9 +76,11 @@ def dense_plan(
 
 
 def dense_rule(tiles: int, pieces: int, tokens: int, copies: int) -> tuple[int, int]:
-    """The plan for what nobody has measured: as `gemv_rule`, but sums of fewer programs to add."""
-    warps, steps = (1, 5) if pieces <= 128 else (4, 6)
-    return warps, _within(-(-pieces // (warps * steps)), tiles, tokens, copies)
+    """The plan for what nobody has measured: some hundred programs, six or seven steps a warp."""
+    if tokens == 4:
+        return 1, _within(-(-pieces // 6), tiles, tokens, copies)
+    splits = max(-(-pieces // 28), -(-450 // (tiles * copies)))
+    return 4, _within(min(splits, -(-pieces // 8)), tiles, tokens, copies)
 
 
 def _within(splits: int, tiles: int, tokens: int, copies: int) -> int:
