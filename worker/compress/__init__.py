@@ -1,0 +1,1 @@
+"""Compression: from a full checkpoint to a sparse, quantized one."""
