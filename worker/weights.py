@@ -15,11 +15,11 @@ named at once. What it gave up: quantized checkpoints (the config refuses them).
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -50,6 +50,49 @@ class Target:
         return tensors[self.parameter].narrow(0, self.start, self.shape[0])
 
 
+class CheckpointReader:
+    """The files of a checkpoint folder, mapped and checked; close it, or use it in a `with`.
+
+    Reads model.safetensors, or the shards that model.safetensors.index.json lists. Raises
+    CheckpointError naming the tensors that are missing, unexpected or of a wrong shape or dtype,
+    and for files that are missing or broken.
+    """
+
+    def __init__(self, folder: Path, config: ModelConfig) -> None:
+        self._table = tensor_map(config)
+        with ExitStack() as stack:
+            self._sources = _sources(_open_files(folder, stack), config, self._table)
+            _check(self._sources, self._table)
+            self._files = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """bfloat16 if every tensor is that, else float32."""
+        stored = (file.get_slice(name).get_dtype() for file, name in self._sources.values())
+        return torch.bfloat16 if all(dtype == "BF16" for dtype in stored) else torch.float32
+
+    def fill(
+        self, tensors: Mapping[str, Tensor], progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Copies what the checkpoint has for each of `tensors`, named as in `model_tensors`.
+
+        `progress` is told (tensors loaded, tensors in all) after each.
+        """
+        wanted = [name for name in self._sources if self._table[name].parameter in tensors]
+        for done, name in enumerate(wanted, start=1):
+            file, stored = self._sources[name]
+            with torch.no_grad():
+                self._table[name].view(tensors).copy_(file.get_tensor(stored))
+            if progress is not None:
+                progress(done, len(wanted))
+
+
 def load_decoder(
     folder: Path,
     config: ModelConfig,
@@ -57,53 +100,44 @@ def load_decoder(
     dtype: torch.dtype,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
-    """The decoder of a checkpoint folder, on `device` in `dtype`.
-
-    Reads model.safetensors, or the shards that model.safetensors.index.json lists. `progress` is
-    told (tensors loaded, tensors in all) after each. Raises CheckpointError naming the tensors that
-    are missing, unexpected or of a wrong shape or dtype, and for files that are missing or broken.
-    """
-    table = tensor_map(config)
-    with ExitStack() as stack:
-        sources = _sources(_open_files(folder, stack), config, table)
-        _check(sources, table)
+    """The decoder of a checkpoint folder, on `device` in `dtype`; see `CheckpointReader`."""
+    with CheckpointReader(folder, config) as reader:
         decoder = empty_decoder(config, device, dtype)
-        tensors = model_tensors(decoder)
-        for done, (name, (file, stored)) in enumerate(sources.items(), start=1):
-            with torch.no_grad():
-                table[name].view(tensors).copy_(file.get_tensor(stored))
-            if progress is not None:
-                progress(done, len(sources))
+        reader.fill(model_tensors(decoder), progress)
     return decoder.eval()
 
 
 def empty_decoder(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Decoder:
-    """A decoder whose weights are allocated and not yet filled.
+    """A decoder whose weights are allocated and not yet filled, as by `allocate`."""
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    allocate(decoder, device, dtype)
+    return decoder
+
+
+def allocate(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Gives storage to what a module built on the meta device has of parameters and buffers.
 
     On a CPU matrices lie column by column in memory (their shapes are as ever): one token's product
     reads them a quarter faster that way. Take `.contiguous()` before saving one.
     """
-    with torch.device("meta"):
-        decoder = Decoder(config)
-    for module in decoder.modules():
-        multiplied = isinstance(module, nn.Linear) or (
-            module is decoder.embedding and config.tied_head
-        )
-        for name, parameter in module.named_parameters(recurse=False):
+    tied = module.embedding if isinstance(module, Decoder) and module.head is None else None
+    for part in module.modules():
+        multiplied = isinstance(part, nn.Linear) or part is tied
+        for name, parameter in part.named_parameters(recurse=False):
             if multiplied and device.type == "cpu":
                 storage = torch.empty(parameter.shape[::-1], device=device, dtype=dtype).t()
             else:
                 storage = torch.empty(parameter.shape, device=device, dtype=dtype)
-            setattr(module, name, nn.Parameter(storage))
-        for name, buffer in module.named_buffers(recurse=False):
+            setattr(part, name, nn.Parameter(storage))
+        for name, buffer in part.named_buffers(recurse=False):
             if buffer.is_meta:
-                setattr(module, name, torch.empty(buffer.shape, device=device, dtype=dtype))
+                setattr(part, name, torch.empty(buffer.shape, device=device, dtype=dtype))
             else:
-                setattr(module, name, buffer.to(device))
-    return decoder
+                setattr(part, name, buffer.to(device))
 
 
-def model_tensors(decoder: Decoder) -> dict[str, Tensor]:
+def model_tensors(decoder: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by the names that `tensor_map` uses."""
     return {**dict(decoder.named_parameters()), **dict(decoder.named_buffers())}
 
