@@ -60,9 +60,7 @@ def output_error(weight: Tensor, changed: Tensor, moments: Tensor) -> float:
     return float(((off @ moments) * off).sum() / base)
 
 
-def _sweep(
-    weight: Tensor, moments: Tensor, format: Format
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _sweep(weight: Tensor, moments: Tensor, format: Format) -> tuple[Tensor, Tensor, Tensor | None]:
     """SparseGPT with rounding: values [R, K], mask [R, K], scales [K / group, R] or None."""
     work = weight.float().clone()
     factor = _inverse_factor(moments)

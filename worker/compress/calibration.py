@@ -1,0 +1,134 @@
+"""What a layer's weights are fed: calibration text, and the moments of their inputs.
+
+Text is a .jsonl of {"text": ..., "language": ...} (languages take turns, so that rare ones count as
+much as common ones) or any other file, whose documents are separated by empty lines. Documents are
+strung together and cut into sequences of equal length.
+"""
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import ConfigError
+from ..model.layers import DecoderLayer, Experts
+from ..text.tokenizer import Tokenizer
+
+
+def read_documents(path: Path) -> list[tuple[str, str]]:
+    """(language, text) of each document; "" where no language is told. Raises ConfigError."""
+    try:
+        content = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in content.splitlines() if line.strip()]
+            found = [(str(row.get("language", "")), str(row["text"])) for row in rows]
+        else:
+            found = [("", part) for part in content.split("\n\n") if part.strip()]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is no calibration text ({error!r}); give a .jsonl with a `text` in each line, "
+            "or plain text in UTF-8"
+        ) from error
+    if not found:
+        raise ConfigError(f"{path} has no text")
+    return found
+
+
+def sequences(path: Path, tokenizer: Tokenizer, count: int, length: int, seed: int) -> Tensor:
+    """int64 [count, length] of tokens, the same ones for the same seed.
+
+    Raises ConfigError if there is not text enough.
+    """
+    found: list[int] = []
+    for text in _in_turn(read_documents(path), random.Random(seed)):
+        found += tokenizer.encode(text)
+        if len(found) >= count * length:
+            return torch.tensor(found[: count * length]).view(count, length)
+    raise ConfigError(
+        f"{path} has {len(found)} tokens; {count} sequences of {length} need {count * length}. "
+        "Give more text, or ask for fewer or shorter sequences"
+    )
+
+
+def _in_turn(documents: list[tuple[str, str]], draw: random.Random) -> Iterator[str]:
+    """A document of each language in turn, each language in an order of its own."""
+    by_language: dict[str, list[str]] = {}
+    for language, text in documents:
+        by_language.setdefault(language, []).append(text)
+    for texts in by_language.values():
+        draw.shuffle(texts)
+    while by_language:
+        for language in list(by_language):
+            yield by_language[language].pop()
+            if not by_language[language]:
+                del by_language[language]
+
+
+class Moments:
+    """Sums x^T x over the inputs of a layer's large weights, by their names, while it runs.
+
+    Use it in a `with`. `sums` are float32 [K, K], of experts [E, K, K]; `counts` are the inputs.
+    """
+
+    def __init__(self, layer: DecoderLayer) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, Tensor] = {}
+        self._handles: list[Any] = []
+        self._experts: Experts | None = layer.feed_forward.experts
+        mlp, attention = layer.feed_forward.mlp, layer.attention
+        for name, module in (
+            ("attention.qkv.weight", attention.qkv),
+            ("attention.out.weight", attention.out),
+            ("feed_forward.mlp.gate_up.weight", mlp.gate_up),
+            ("feed_forward.mlp.down.weight", mlp.down),
+        ):
+            self._handles.append(module.register_forward_pre_hook(self._adding(name)))
+        if self._experts is not None:
+            self._watch(self._experts)
+
+    def __enter__(self) -> "Moments":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        if self._experts is not None:
+            del self._experts.run  # what it has of its class shows again
+
+    def _adding(self, name: str) -> Any:
+        def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].flatten(0, -2).float()
+            if name not in self.sums:
+                self.sums[name] = x.new_zeros(x.shape[1], x.shape[1])
+                self.counts[name] = torch.zeros((), dtype=torch.int64)
+            self.sums[name].addmm_(x.T, x)
+            self.counts[name] += len(x)
+
+        return add
+
+    def _watch(self, experts: Experts) -> None:
+        plain = experts.run
+        names = ("feed_forward.experts.gate_up", "feed_forward.experts.down")
+        for name, weight in zip(names, (experts.gate_up, experts.down), strict=True):
+            count, _, columns = weight.shape
+            self.sums[name] = torch.zeros(count, columns, columns, device=weight.device)
+            self.counts[name] = torch.zeros(count, dtype=torch.int64)
+
+        def run(inputs: Tensor, chosen: Tensor) -> Tensor:
+            counts = chosen.bincount(minlength=len(experts.gate_up)).tolist()
+            for index, own in enumerate(inputs.split(counts)):
+                if not len(own):
+                    continue
+                gate, up = F.linear(own, experts.gate_up[index]).chunk(2, -1)
+                inner = F.gelu(gate, approximate="tanh") * up
+                for name, x in zip(names, (own.float(), inner.float()), strict=True):
+                    self.sums[name][index].addmm_(x.T, x)
+                    self.counts[name][index] += len(x)
+            return plain(inputs, chosen)
+
+        experts.run = run  # type: ignore[method-assign]
