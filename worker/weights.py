@@ -15,7 +15,7 @@ named at once. What it gave up: quantized checkpoints (the config refuses them).
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,16 +107,21 @@ def load_decoder(
     return decoder.eval()
 
 
+def blank_decoder(config: ModelConfig) -> Decoder:
+    """A decoder without storage: names and shapes alone."""
+    with torch.device("meta"):
+        return Decoder(config)
+
+
 def empty_decoder(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Decoder:
     """A decoder whose weights are allocated and not yet filled, as by `allocate`."""
-    with torch.device("meta"):
-        decoder = Decoder(config)
+    decoder = blank_decoder(config)
     allocate(decoder, device, dtype)
     return decoder
 
 
 def allocate(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Gives storage to what a module built on the meta device has of parameters and buffers.
+    """Gives storage to those parameters and buffers of a module that have none ("meta").
 
     On a CPU matrices lie column by column in memory (their shapes are as ever): one token's product
     reads them a quarter faster that way. Take `.contiguous()` before saving one.
@@ -125,6 +130,8 @@ def allocate(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Non
     for part in module.modules():
         multiplied = isinstance(part, nn.Linear) or part is tied
         for name, parameter in part.named_parameters(recurse=False):
+            if not parameter.is_meta:
+                continue
             if multiplied and device.type == "cpu":
                 storage = torch.empty(parameter.shape[::-1], device=device, dtype=dtype).t()
             else:

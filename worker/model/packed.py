@@ -5,6 +5,8 @@ sparse format much. Embeddings, head, router, norms and per-layer inputs stay. W
 kernels, on a CPU, a weight would be unpacked for every product; there `round_decoder` is for.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -13,13 +15,7 @@ from ...kernels.layouts import Format, PackedWeight, pack, unpack
 from ...kernels.linear import gated_linear, grouped_linear, linear
 from ..errors import ConfigError
 from .decoder import Decoder
-from .layers import MLP, Experts
-
-_PACKED = (
-    *("attention.qkv.weight", "attention.out.weight", "mlp.gate_up.weight", "mlp.down.weight"),
-    *("experts.gate_up", "experts.down"),
-)
-"""How the names of the weights end that are packed."""
+from .layers import MLP, Experts, SelfAttention
 
 
 class PackedLinear(nn.Module):
@@ -69,41 +65,77 @@ def pack_decoder(decoder: Decoder, format: Format) -> None:
 
     Raises ConfigError, which names the weight, if the format does not fit it.
     """
-    with torch.no_grad():
-        for name, module in list(decoder.named_modules()):
-            if packed := _packed(name, module, format):
-                decoder.set_submodule(name, packed)
+    for module, names in packable(decoder).items():
+        weights = [_pack(name, decoder.get_parameter(name), format) for name in names]
+        put_packed(decoder, module, weights)
 
 
 def round_decoder(decoder: Decoder, format: Format) -> None:
     """Give the same weights the values that `pack_decoder` would keep, and leave them dense."""
-    with torch.no_grad():
-        for name, weight in decoder.named_parameters():
-            if name.endswith(_PACKED):
-                weight.copy_(unpack(_pack(name, weight, format)))
+    for names in packable(decoder).values():
+        for name in names:
+            weight = decoder.get_parameter(name)
+            fill(name, weight, _pack(name, weight, format))
 
 
-def _packed(name: str, module: nn.Module, format: Format) -> nn.Module | None:
-    """What takes the place of a module, if anything does."""
-    if isinstance(module, nn.Linear) and f"{name}.weight".endswith(_PACKED[:2]):
-        return PackedLinear(_pack(f"{name}.weight", module.weight, format))
+def packable(decoder: Decoder) -> dict[str, tuple[str, ...]]:
+    """Of a decoder with plain weights: module that can be packed -> names of its weights.
+
+    The weights of one module are packed together or not at all.
+    """
+    modules: dict[str, tuple[str, ...]] = {}
+    for name, module in decoder.named_modules():
+        if isinstance(module, SelfAttention):
+            modules |= {f"{name}.{part}": (f"{name}.{part}.weight",) for part in ("qkv", "out")}
+        elif isinstance(module, MLP):
+            modules[name] = (f"{name}.gate_up.weight", f"{name}.down.weight")
+        elif isinstance(module, Experts):
+            modules[name] = (f"{name}.gate_up", f"{name}.down")
+    return modules
+
+
+def put_packed(decoder: Decoder, name: str, weights: Sequence[PackedWeight]) -> None:
+    """Let a module that `packable` names run from `weights`, given in its order."""
+    module = decoder.get_submodule(name)
+    packed: nn.Module
     if isinstance(module, MLP):
-        gate_up = _pack(f"{name}.gate_up", _alternating(module.gate_up.weight), format)
-        return PackedMLP(gate_up, _pack(f"{name}.down", module.down.weight, format))
-    if isinstance(module, Experts):
-        gate_up = _pack(f"{name}.gate_up", _alternating(module.gate_up), format)
-        return PackedExperts(module, gate_up, _pack(f"{name}.down", module.down, format))
-    return None
+        packed = PackedMLP(*weights)
+    elif isinstance(module, Experts):
+        packed = PackedExperts(module, *weights)
+    else:
+        packed = PackedLinear(*weights)
+    decoder.set_submodule(name, packed)
+
+
+def fill(name: str, plain: Tensor, weight: PackedWeight) -> None:
+    """Give the plain weight `name` the values of its packed form."""
+    with torch.no_grad():
+        plain.copy_(_halved(unpack(weight)) if _is_gated(name) else unpack(weight))
+
+
+def packed_order(name: str, weight: Tensor) -> Tensor:
+    """The plain weight `name`, [..., R, K], with its rows as they are packed.
+
+    Rows of gate and up, else one half after the other, alternate: a kernel has both at hand.
+    """
+    if not _is_gated(name):
+        return weight
+    halves: Tensor = weight.unflatten(-2, (2, -1))
+    return halves.transpose(-2, -3).flatten(-3, -2)
+
+
+def _halved(gate_up: Tensor) -> Tensor:
+    """The inverse of `packed_order` for alternating rows."""
+    pairs: Tensor = gate_up.unflatten(-2, (-1, 2))
+    return pairs.transpose(-2, -3).flatten(-3, -2)
+
+
+def _is_gated(name: str) -> bool:
+    return name.removesuffix(".weight").endswith(".gate_up")
 
 
 def _pack(name: str, weight: Tensor, format: Format) -> PackedWeight:
     try:
-        return pack(weight, format)
+        return pack(packed_order(name, weight.detach()), format)
     except LayoutError as error:
         raise ConfigError(f"{name} cannot be stored as {format}: {error}") from error
-
-
-def _alternating(gate_up: Tensor) -> Tensor:
-    """[..., 2F, K] with rows of gate and up in turn, from those of gate, then up."""
-    halves: Tensor = gate_up.unflatten(-2, (2, -1))
-    return halves.transpose(-2, -3).flatten(-3, -2)
