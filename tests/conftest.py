@@ -20,6 +20,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def nan_in_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fill every `torch.empty` of floats with NaN, so that an unwritten output cannot pass."""
     empty = torch.empty
+    with torch.device("meta"):  # which remembers, from its first use on, what makes tensors
+        empty(0)
 
     def filled(*args: Any, **kwargs: Any) -> torch.Tensor:
         tensor = empty(*args, **kwargs)
