@@ -11,14 +11,17 @@ import torch
 
 from ..kernels.errors import LayoutError
 from ..kernels.layouts import Format
+from .compress.manifest import MANIFEST, read_manifest
+from .compress.reader import check_settings, is_compressed, load_compressed
 from .config import EngineConfig
 from .errors import CheckpointError, ConfigError
 from .model.config import ModelConfig, cache_groups
+from .model.decoder import Decoder
 from .model.packed import pack_decoder, round_decoder
 from .runner import ModelRunner
 from .scheduling.sizing import CachePlan, plan_cache
 from .text.tokenizer import Tokenizer
-from .weights import load_decoder
+from .weights import blank_decoder, load_decoder
 
 Progress = Callable[[int, int], None]
 """Called with tensors loaded so far and in all."""
@@ -62,11 +65,19 @@ def load_model(config: EngineConfig, progress: Progress | None = None) -> Loaded
 
     Raises:
         CheckpointError: the folder does not hold a Gemma 4 checkpoint that can be run.
-        ConfigError: the device is not there, or the cache does not fit.
+        ConfigError: the device is not there, the cache does not fit, or a compressed checkpoint
+            would be packed again.
     """
     folder = config.model
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give the path of a checkpoint")
+    format = _weight_format(config.weight_format)
+    if is_compressed(folder):
+        if format is not None:
+            raise ConfigError(
+                f"weight_format is {format}, but {folder} is compressed already: leave it out"
+            )
+        check_settings(folder)
     device = _device(config.device)
     dtype = _dtype(config.dtype, device)
     torch.set_num_threads(config.threads or _spare_threads())
@@ -77,14 +88,7 @@ def load_model(config: EngineConfig, progress: Progress | None = None) -> Loaded
             f"the tokenizer has {tokenizer.vocabulary_size} tokens, the model only "
             f"{model.vocab_size}: they do not belong together"
         )
-    format = _weight_format(config.weight_format)
-    decoder = load_decoder(folder, model, device, dtype, progress)
-    parameters = sum(parameter.numel() for parameter in decoder.parameters())
-    if format is not None and device.type == "cpu":
-        round_decoder(decoder, format)
-    elif format is not None:
-        pack_decoder(decoder, format)
-        torch.cuda.empty_cache()
+    decoder = _decoder(folder, model, device, dtype, format, progress)
     groups = cache_groups(model)
     plan = plan_cache(
         config, groups, model.max_position_embeddings, dtype.itemsize, _free_memory(device)
@@ -98,7 +102,7 @@ def load_model(config: EngineConfig, progress: Progress | None = None) -> Loaded
         windows=tuple(group.window for group in groups),
         device=device,
         dtype=dtype,
-        parameters=parameters,
+        parameters=sum(parameter.numel() for parameter in blank_decoder(model).parameters()),
         fingerprint=fingerprint(folder) + (f" {format}" if format else ""),
     )
 
@@ -108,9 +112,14 @@ def fingerprint(folder: Path) -> str:
 
     Reads 4 MiB a file, so it is cheap even for 60 GB: the headers, and places spread evenly over
     the weights. Other training changes weights everywhere and so is seen; a change of a few
-    numbers may not be.
+    numbers may not be. A compressed checkpoint has the checksums of its files at hand.
     """
     digest = sha256(_canonical_json(folder / "config.json"))
+    if is_compressed(folder):
+        files = read_manifest(folder / MANIFEST).files
+        for name in sorted(name for name in files if name.endswith(".safetensors")):
+            digest.update(f"{name}:{files[name].sha256}".encode())
+        return digest.hexdigest()
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}".encode())
@@ -119,6 +128,26 @@ def fingerprint(folder: Path) -> str:
                 file.seek(max(0, size - _SAMPLE_BYTES) * index // (_SAMPLES - 1))
                 digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def _decoder(
+    folder: Path,
+    model: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    format: Format | None,
+    progress: Progress | None,
+) -> Decoder:
+    """The decoder of either kind of checkpoint, packed into `format` if there is one."""
+    if is_compressed(folder):
+        return load_compressed(folder, model, device, dtype, progress)
+    decoder = load_decoder(folder, model, device, dtype, progress)
+    if format is not None and device.type == "cpu":
+        round_decoder(decoder, format)
+    elif format is not None:
+        pack_decoder(decoder, format)
+        torch.cuda.empty_cache()
+    return decoder
 
 
 def _canonical_json(path: Path) -> bytes:
