@@ -12,6 +12,7 @@ from conclave.worker.compress.calibration import Moments, read_documents, sequen
 from conclave.worker.errors import ConfigError
 from conclave.worker.model.config import ModelConfig
 from conclave.worker.model.decoder import Decoder, DenseAttention
+from conclave.worker.model.layers import DecoderLayer
 from conclave.worker.text.tokenizer import Tokenizer
 from conclave.worker.weights import load_decoder
 
@@ -78,6 +79,7 @@ def test_moments_are_those_of_the_inputs(variant: str, tiny_checkpoint: Checkpoi
     """Of the first layer, whose inputs are known; of experts, by their own products."""
     decoder = decoder_of(tiny_checkpoint(variant))
     layer = decoder.layers[0]
+    assert isinstance(layer, DecoderLayer)
     hidden = torch.randn(21, 64)
     attention = DenseAttention(decoder.config, [21])
     rotation = decoder.rotations(torch.arange(21))[0]

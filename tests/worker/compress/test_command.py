@@ -1,0 +1,62 @@
+"""`conclave compress` as a user meets it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer import Typer
+from typer.testing import CliRunner, Result
+
+from conclave.worker import Engine
+from conclave.worker.compress.__main__ import main
+
+app = Typer()
+app.command()(main)
+SMALL = ("--sequences", "4", "--length", "16", "--device", "cpu", "--format", "8:16-bf16")
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(each) for each in arguments])
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(f"paragraph {number} of many" for number in range(40)))
+    return path
+
+
+def test_compressed_and_run(text: Path, text_checkpoint: Path, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    done = run(text_checkpoint, made, "--text", text, *SMALL, "--json", "--keep", "layers.0.*")
+    assert done.exit_code == 0, done.output
+    weights = json.loads(done.stdout)["weights"]
+    assert weights == json.loads((made / "conclave.json").read_text())["about"]["weights"]
+    assert {each["format"] for each in weights[:4]} == {"as it was"}
+    assert {each["format"] for each in weights[4:]} == {"8:16-bf16"}
+    with Engine(made, max_context=96, kv_tokens=1024, block_size=4, threads=1) as engine:
+        assert len(engine.generate("hello", max_tokens=4, ignore_eos=True).token_ids) == 4
+    again = run(text_checkpoint, made, "--text", text, *SMALL)
+    assert again.exit_code == 1 and "finished checkpoint" in again.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--format", "5:16"), "5:16-int4-g128"),
+        (("--mode", "luck"), "magnitude, wanda, sparsegpt"),
+        (("--keep", "layers.*=int3"), "int3"),
+        (("--sequences", "100000"), "Give more text"),
+    ],
+)
+def test_wrong_options_are_told(
+    arguments: tuple[str, str], message: str, text: Path, text_checkpoint: Path, tmp_path: Path
+) -> None:
+    done = run(text_checkpoint, tmp_path / "made", "--text", text, *SMALL, *arguments)
+    assert done.exit_code == 1 and message in " ".join(done.output.split())
+    assert not (tmp_path / "made").exists()
+
+
+def test_no_checkpoint_is_told(text: Path, tmp_path: Path) -> None:
+    done = run(tmp_path / "nowhere", tmp_path / "made", "--text", text, *SMALL)
+    assert done.exit_code == 1 and "error:" in done.output

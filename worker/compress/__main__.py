@@ -1,0 +1,106 @@
+"""`conclave compress SRC DST`: a full checkpoint becomes a sparse, quantized one."""
+
+import json
+import sys
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ...kernels.errors import LayoutError
+from ...kernels.formats import Format
+from ..errors import ConclaveError, ConfigError
+from ..loading import fingerprint
+from ..text.tokenizer import Tokenizer
+from .calibration import sequences
+from .layerwise import Recipe, compress_checkpoint
+from .pruning import MODES, Mode
+
+_console = Console(stderr=True)
+
+
+def main(
+    source: Annotated[Path, typer.Argument(help="checkpoint folder")],
+    target: Annotated[Path, typer.Argument(help="folder for the compressed one")],
+    text: Annotated[Path, typer.Option(help="calibration text: .jsonl with `text`, or plain")],
+    format: Annotated[str, typer.Option(help="of every large weight")] = "5:16-int4-g64",
+    mode: Annotated[str, typer.Option(help=", ".join(MODES))] = "sparsegpt",
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="PATTERN=FORMAT, or PATTERN alone to leave a weight as it is; repeatable"
+        ),
+    ] = None,
+    count: Annotated[int, typer.Option("--sequences", min=1, help="of calibration")] = 128,
+    length: Annotated[int, typer.Option(min=2, help="tokens of a sequence")] = 512,
+    seed: Annotated[int, typer.Option(help="which documents are taken")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda:0, ...")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="say what became of it as JSON")] = False,
+) -> None:
+    """Compress a Gemma 4 checkpoint layer by layer; run it again to go on after an interruption."""
+    try:
+        recipe = Recipe(_format(format), _mode(mode), dict(map(_exception, keep or [])))
+        tokens = sequences(text, Tokenizer(source), count, length, seed)
+        where = torch.device(_device(device))
+        about: dict[str, object] = {
+            "source": fingerprint(source),
+            "format": format,
+            "mode": mode,
+            "keep": sorted(keep or []),
+            "calibration": {"sequences": count, "length": length, "seed": seed},
+            "torch": version("torch"),
+        }
+        columns = (TextColumn("layers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=_console) as bar:
+            task = bar.add_task("layers", total=None)
+
+            def told(done: int, layers: int) -> None:
+                bar.update(task, completed=done, total=layers)
+
+            outcomes = compress_checkpoint(source, target, recipe, tokens, where, about, told)
+    except (ConclaveError, OSError) as error:
+        _console.print(f"[red]error:[/red] {error}", highlight=False)
+        raise typer.Exit(1) from None
+    if as_json:
+        json.dump({"target": str(target), "weights": list(map(asdict, outcomes))}, sys.stdout)
+        return
+    table = Table("weight", "format", "output error", "inputs", "experts by weights alone")
+    for each in outcomes:
+        few = str(each.by_weights_alone or "")
+        table.add_row(each.name, each.format, f"{each.error:.4f}", str(each.inputs), few)
+    Console().print(table)
+
+
+def _format(text: str) -> Format:
+    try:
+        return Format.parse(text)
+    except LayoutError as error:
+        raise ConfigError(f"--format: {error}") from error
+
+
+def _mode(text: str) -> Mode:
+    for mode in MODES:
+        if mode == text:
+            return mode
+    raise ConfigError(f"--mode is {text!r}; choose one of {', '.join(MODES)}")
+
+
+def _exception(text: str) -> tuple[str, Format | None]:
+    pattern, _, format = text.partition("=")
+    return pattern, _format(format) if format else None
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+if __name__ == "__main__":
+    typer.run(main)

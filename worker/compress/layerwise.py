@@ -1,0 +1,269 @@
+"""A checkpoint compressed one decoder layer at a time.
+
+The device holds one layer, in float32, and one batch of activations; all other activations lie in
+host memory, and weights come from the files as they are needed. Each layer sees the inputs that the
+compressed layers before it give, so errors are made up for where that is possible. Layers that are
+finished are on the disk: after a kill they are only run again, and the result has the same bytes.
+What it gave up: a layer's own weights all see the inputs of the uncompressed layer.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.errors import LayoutError
+from ...kernels.formats import Format, PackedWeight, from_tensors
+from ...kernels.layouts import unpack
+from ..errors import ConfigError
+from ..model.config import ModelConfig
+from ..model.decoder import Decoder, DenseAttention
+from ..model.layers import DecoderLayer
+from ..model.packed import fill, packed_order
+from ..weights import CheckpointReader, allocate, model_tensors
+from .calibration import Moments
+from .checkpoint import CheckpointWriter
+from .pruning import Mode, compress, output_error
+
+BATCH = 4
+"""Sequences that run at once."""
+LEAST_INPUTS = 64
+"""An expert that has seen fewer is pruned by its weights alone."""
+WEIGHTS = (
+    *("attention.qkv.weight", "attention.out.weight"),
+    *("feed_forward.mlp.gate_up.weight", "feed_forward.mlp.down.weight"),
+    *("feed_forward.experts.gate_up", "feed_forward.experts.down"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How each weight is to be stored."""
+
+    format: Format
+    mode: Mode
+    exceptions: dict[str, Format | None] = field(default_factory=dict)
+    """Formats of weights whose whole name fits a pattern, such as `layers.0.*`; None leaves one as
+    it is. The last that fits counts."""
+
+    def of(self, name: str) -> Format | None:
+        """The format of a weight, such as `layers.3.attention.qkv.weight`."""
+        fitting = [own for pattern, own in self.exceptions.items() if fnmatchcase(name, pattern)]
+        return fitting[-1] if fitting else self.format
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one weight."""
+
+    name: str
+    format: str
+    error: float
+    """|x (w - w')^T|^2 / |x w^T|^2 over the calibration's inputs x; of experts, their mean."""
+    inputs: int
+    """Inputs seen; of experts, by the one that saw fewest."""
+    by_weights_alone: int
+    """Experts that saw too few inputs."""
+
+
+Told = Callable[[int, int], None]
+"""(layers done, layers in all)"""
+
+
+def compress_checkpoint(
+    source: Path,
+    target: Path,
+    recipe: Recipe,
+    tokens: Tensor,
+    device: torch.device,
+    about: dict[str, object],
+    told: Told = lambda done, layers: None,
+) -> list[Outcome]:
+    """Compress the checkpoint in `source` into `target`, or go on where that was left.
+
+    `tokens` is int64 [sequences, length] of calibration text. `about` tells where the result comes
+    from and goes into conclave.json, with what became of every weight. Raises CheckpointError, and
+    ConfigError for a weight that does not fit or a folder that holds something else.
+    """
+    config = ModelConfig.load(source)
+    outcomes: list[Outcome] = []
+    with CheckpointReader(source, config) as reader, torch.inference_mode():
+        writer = CheckpointWriter(target, source, _key(recipe, tokens, about))
+        finished = writer.finished_layers()
+        rest = _without_layers(config, reader)
+        run = _Run(config, rest, tokens, device)
+        for index in range(len(config.layers)):
+            layer = _layer(index, config, reader, device)
+            with Moments(layer) as moments:
+                run.through(index, layer, keep=False)
+            made = _stored_weights(writer, index) if index in finished else {}
+            packed = _compress_layer(index, layer, recipe, moments, made, outcomes)
+            if index not in finished:
+                writer.write_layer(index, _for_file(index, layer, packed, reader.dtype))
+            run.through(index, layer, keep=True)
+            told(index + 1, len(config.layers))
+        state = rest.state_dict().items()
+        writer.write_rest({name: each.to(reader.dtype).contiguous() for name, each in state})
+        writer.finish({**about, "weights": [asdict(outcome) for outcome in outcomes]})
+    return outcomes
+
+
+def _key(recipe: Recipe, tokens: Tensor, about: dict[str, object]) -> str:
+    """What must be the same to go on with layers that are finished."""
+    parts = (str(recipe), sha256(tokens.numpy().tobytes()).hexdigest(), about)
+    return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+class _Run:
+    """Calibration activations on their way through the layers."""
+
+    def __init__(
+        self, config: ModelConfig, rest: Decoder, tokens: Tensor, device: torch.device
+    ) -> None:
+        self.device = device
+        count, length = tokens.shape
+        batches = tokens.split(BATCH)
+        self.hidden: list[Tensor] = []
+        self.additions: list[tuple[Tensor | None, ...]] = []
+        for batch in batches:
+            flat = batch.flatten()
+            hidden = rest.embedding(flat) * rest.embedding_scale.to(torch.float32)
+            self.hidden.append(hidden)
+            none = (None,) * len(config.layers)
+            self.additions.append(rest.per_layer(flat, hidden) if rest.per_layer else none)
+        self.attention = [DenseAttention(config, [length] * len(batch)) for batch in batches]
+        positions = torch.arange(length).repeat(min(BATCH, count))
+        self.rotations = rest.rotations(positions)
+
+    def through(self, index: int, layer: DecoderLayer, keep: bool) -> None:
+        """Run every batch through a layer; its outputs take the place of the inputs if `keep`."""
+        for number, hidden in enumerate(self.hidden):
+            rotation = tuple(each[: len(hidden)].to(self.device) for each in self.rotations[index])
+            addition = self.additions[number][index]
+            output = layer(
+                hidden.to(self.device),
+                rotation,
+                None if addition is None else addition.to(self.device),
+                self.attention[number],
+            )
+            if keep:
+                self.hidden[number] = output.to(hidden.device)
+
+
+def _without_layers(config: ModelConfig, reader: CheckpointReader) -> Decoder:
+    """The decoder's other parts in float32 in host memory."""
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    decoder.layers = nn.ModuleList()
+    allocate(decoder, torch.device("cpu"), torch.float32)
+    reader.fill(model_tensors(decoder))
+    return decoder
+
+
+def _layer(
+    index: int, config: ModelConfig, reader: CheckpointReader, device: torch.device
+) -> DecoderLayer:
+    """One layer in float32 on the device."""
+    with torch.device("meta"):
+        layer = DecoderLayer(index, config.layers[index], config)
+    allocate(layer, device, torch.float32)
+    reader.fill({f"layers.{index}.{name}": own for name, own in model_tensors(layer).items()})
+    return layer
+
+
+def _compress_layer(
+    index: int,
+    layer: DecoderLayer,
+    recipe: Recipe,
+    moments: Moments,
+    made: dict[str, PackedWeight],
+    outcomes: list[Outcome],
+) -> dict[str, PackedWeight]:
+    """Compress the weights of a layer that are not `made`; the layer then has what is left of them.
+
+    Returns all of them, and adds what became of them to `outcomes`.
+    """
+    _check_pairs(index, recipe)
+    tensors, packed = model_tensors(layer), {}
+    for name in filter(tensors.__contains__, WEIGHTS):
+        full = f"layers.{index}.{name}"
+        format, counts = recipe.of(full), moments.counts[name]
+        if format is None:
+            outcomes.append(Outcome(full, "as it was", 0.0, int(counts.min()), 0))
+            continue
+        weight, sums = packed_order(name, tensors[name]), moments.sums[name]
+        try:
+            own = made.get(name) or _compress_weight(weight, format, recipe.mode, sums, counts)
+        except (LayoutError, ConfigError) as fault:
+            raise ConfigError(
+                f"{full} cannot be stored as {format}: {fault}; leave it as it is (--keep), or "
+                "choose another format"
+            ) from fault
+        few = int((counts < LEAST_INPUTS).sum()) if counts.dim() else 0
+        error = _error_of(weight, unpack(own), sums, counts)
+        outcomes.append(Outcome(full, str(format), error, int(counts.min()), few))
+        packed[name] = own
+    for name, own in packed.items():
+        fill(name, tensors[name], own)
+    return packed
+
+
+def _check_pairs(index: int, recipe: Recipe) -> None:
+    """ConfigError if one weight of an MLP, or of its experts, is packed and the other is not."""
+    for module in ("mlp", "experts"):
+        gate_up, down = (f"layers.{index}.{name}" for name in WEIGHTS if f".{module}." in name)
+        if (recipe.of(gate_up) is None) != (recipe.of(down) is None):
+            raise ConfigError(
+                f"{gate_up} and {down} are packed together or not at all: let a pattern name both, "
+                f"such as layers.{index}.feed_forward.{module}.*"
+            )
+
+
+def _compress_weight(
+    weight: Tensor, format: Format, mode: Mode, sums: Tensor, counts: Tensor
+) -> PackedWeight:
+    """One weight [R, K], or each of a stack of experts [E, R, K]."""
+    if weight.dim() == 2:
+        return compress(weight, sums, format, mode)
+    singles = [
+        compress(own, moment, format, mode if count >= LEAST_INPUTS else "magnitude")
+        for own, moment, count in zip(weight, sums, counts.tolist(), strict=True)
+    ]
+    fields = singles[0].tensors()
+    stacked = {field: torch.stack([one.tensors()[field] for one in singles]) for field in fields}
+    return from_tensors(format, weight.shape[1], weight.shape[2], stacked)
+
+
+def _error_of(weight: Tensor, values: Tensor, sums: Tensor, counts: Tensor) -> float:
+    """`Outcome.error`; of experts, the mean over those that have seen inputs."""
+    if weight.dim() == 2:
+        return output_error(weight, values, sums)
+    seen = counts.nonzero().flatten().tolist()
+    errors = [output_error(weight[index], values[index], sums[index]) for index in seen]
+    return sum(errors) / max(1, len(errors))
+
+
+def _stored_weights(writer: CheckpointWriter, index: int) -> dict[str, PackedWeight]:
+    """The packed weights of a finished layer, by their names in it."""
+    prefix, stored = f"layers.{index}.", writer.read_layer(index)
+    return {
+        name.removeprefix(prefix): weight
+        for name, weight in stored.items()
+        if isinstance(weight, PackedWeight)
+    }
+
+
+def _for_file(
+    index: int, layer: DecoderLayer, packed: dict[str, PackedWeight], dtype: torch.dtype
+) -> dict[str, Tensor | PackedWeight]:
+    """What goes into the layer's file."""
+    found: dict[str, Tensor | PackedWeight] = {
+        name: tensor.to("cpu", dtype) for name, tensor in layer.state_dict().items()
+    }
+    found |= {name: weight.to("cpu") for name, weight in packed.items()}
+    return {f"layers.{index}.{name}": own for name, own in found.items()}
