@@ -28,7 +28,8 @@ class EngineConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: Path
-    """Hugging Face checkpoint folder (config.json, safetensors, tokenizer.json)."""
+    """Hugging Face checkpoint folder (config.json, safetensors, tokenizer.json), or a compressed
+    one of ours (with conclave.json)."""
     device: str = "auto"
     """`auto` is the GPU if there is one, else the CPU; or a torch device such as `cuda:0`."""
     dtype: DTypeName = "auto"

@@ -95,10 +95,14 @@ class CheckpointWriter:
     def finish(self, about: Mapping[str, Any]) -> None:
         """Write conclave.json, with `about` (JSON values) in it; from now on the folder loads.
 
-        Raises CheckpointError if a file has not been written.
+        Reads all files once more. Raises CheckpointError if one is not there as it was written.
         """
-        if missing := [name for name in self.contents.files if name not in self._files]:
-            raise CheckpointError(f"{self.folder}: not written yet: {', '.join(missing)}")
+        names = self.contents.files.keys() | self._files.keys()
+        if missing := sorted(name for name in names if not self._whole(name)):
+            raise CheckpointError(
+                f"{self.folder}: not written yet, or damaged since: {', '.join(missing)}; "
+                "run it again, and these are made anew"
+            )
         self._write_manifest(MANIFEST, about)
         (self.folder / PROGRESS).unlink()
 

@@ -44,6 +44,8 @@ class Contents:
         """Of every weight, as if plain."""
         self.packable = packable(decoder)
         """Module -> its weights, which are packed together or not at all."""
+        self.packable_names = {name for names in self.packable.values() for name in names}
+        """All weights that may be packed."""
         self.parts = {layer_file(index): f"layers.{index}" for index in range(self.layers)}
         self.parts[REST] = ""
         """File -> the module of the decoder that it fills; the rest comes last."""
@@ -61,9 +63,8 @@ class Contents:
                     f"{where}: {packed} is packed but {plain} is not: "
                     f"pack both or neither ({count} of {len(names)})"
                 )
-        allowed = {name for names in self.packable.values() for name in names}
         for name, record in weights.items():
-            if name not in allowed:
+            if name not in self.packable_names:
                 raise CheckpointError(f"{where}: {name!r} is no weight that can be packed")
             if record.shape != self.shapes[name]:
                 raise CheckpointError(

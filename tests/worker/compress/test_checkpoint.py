@@ -1,11 +1,11 @@
 """The compressed checkpoint: round trips, resuming, and whatever can happen to its files."""
 
-import hashlib
 import json
 import os
 import random
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from conclave.kernels.layouts import pack, unpack
 from conclave.worker import Engine
 from conclave.worker.compress.checkpoint import CheckpointWriter, Weights
 from conclave.worker.compress.contents import Contents, file_of
-from conclave.worker.compress.manifest import MANIFEST, REST
+from conclave.worker.compress.manifest import MANIFEST, REST, FileRecord
 from conclave.worker.compress.reader import load_compressed
 from conclave.worker.config import EngineConfig
 from conclave.worker.errors import CheckpointError, ConfigError
@@ -244,7 +244,7 @@ def test_what_the_writer_refuses(tiny_checkpoint: Checkpoint, tmp_path: Path) ->
     assert broken.positions is not None
     broken.positions.zero_()
     refuses("down.weight cannot be written: positions", **{down: broken})
-    with pytest.raises(CheckpointError, match="not written yet: layer-000"):
+    with pytest.raises(CheckpointError, match="not written yet, or damaged since: layer-000"):
         writer.finish({})
     with pytest.raises(CheckpointError, match="made is not finished: give the command"):
         load_model(EngineConfig(model=tmp_path / "made", **SMALL))
@@ -268,6 +268,10 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     values = json.loads((folder / MANIFEST).read_text())
     change(values)
     (folder / MANIFEST).write_text(json.dumps(values))
+
+
+def relist(name: str, record: dict[str, Any], manifest: dict[str, Any]) -> None:
+    manifest["files"][name] = record
 
 
 @pytest.mark.parametrize(
@@ -304,10 +308,7 @@ def test_tensors_that_lie_about_themselves(folder: Path) -> None:
         (tensors | {key: torch.zeros_like(tensors[key])}, "distinct and ascend"),
     ):
         save_file(spoilt, folder / name)
-        data = (folder / name).read_bytes()
-
-        record = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        edit(folder, lambda m, record=record: m["files"].update({name: record}))
+        edit(folder, partial(relist, name, FileRecord.of(folder / name).model_dump()))
         with pytest.raises(CheckpointError, match=message):
             compressed_decoder(folder)
 
