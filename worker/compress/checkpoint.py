@@ -127,13 +127,15 @@ class CheckpointWriter:
                 f"{self.folder} was begun by another run, with another source or settings: "
                 "go on with those, remove it, or name another folder"
             )
-        return dict(begun.files), dict(begun.weights)
+        self.contents.check_weights(begun.weights, str(self.folder / PROGRESS))
+        ours = self.contents.files.keys() | copies.keys()
+        return {name: begun.files[name] for name in ours & begun.files.keys()}, dict(begun.weights)
 
     def _whole(self, name: str) -> bool:
         """Whether a file is there as it was written."""
         try:
             return self._files.get(name) == FileRecord.of(self.folder / name)
-        except FileNotFoundError:
+        except OSError:
             return False
 
     def _write(self, file: str, weights: Weights) -> None:

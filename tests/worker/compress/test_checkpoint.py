@@ -18,7 +18,7 @@ from conclave.kernels.layouts import pack, unpack
 from conclave.worker import Engine
 from conclave.worker.compress.checkpoint import CheckpointWriter, Weights
 from conclave.worker.compress.contents import Contents, file_of
-from conclave.worker.compress.manifest import MANIFEST, REST, FileRecord
+from conclave.worker.compress.manifest import MANIFEST, PROGRESS, REST, FileRecord
 from conclave.worker.compress.reader import load_compressed
 from conclave.worker.config import EngineConfig
 from conclave.worker.errors import CheckpointError, ConfigError
@@ -319,9 +319,9 @@ ODD: list[Any] = [
 ]
 
 
-def spoil_manifest(folder: Path, draw: random.Random) -> None:
+def spoil_manifest(folder: Path, draw: random.Random, name: str = MANIFEST) -> None:
     """Another value, another key or none, anywhere but in what is for people."""
-    values = json.loads((folder / MANIFEST).read_text())
+    values = json.loads((folder / name).read_text())
     place, key = values, draw.choice(["version", "files", "weights"])
     while isinstance(place[key], dict) and place[key] and draw.random() < 0.9:
         place = place[key]
@@ -332,7 +332,7 @@ def spoil_manifest(folder: Path, draw: random.Random) -> None:
         place[key] = draw.choice([value for value in ODD if value != old or value is True])
     elif kind == 1:
         place[str(draw.choice(ODD))] = old
-    (folder / MANIFEST).write_text(json.dumps(values))
+    (folder / name).write_text(json.dumps(values))
 
 
 def spoil_file(folder: Path, draw: random.Random) -> None:
@@ -386,6 +386,31 @@ def test_three_hundred_corruptions(folder: Path) -> None:
         restore(folder, whole)
     assert loaded < 30
     assert same(compressed_decoder(folder), expected)
+
+
+def test_a_spoilt_account_of_what_is_finished(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Refused, or the files that it no longer vouches for are written again."""
+    source, folder = tiny_checkpoint("11"), tmp_path / "made"
+    weights, expected = mixed_weights(source)
+    first = CheckpointWriter(folder, source)
+    first.write_layer(0, of_file(weights, "layer-000.safetensors"))
+    whole, gone_on = content(folder), 0
+    for seed in range(100):
+        spoil_manifest(folder, random.Random(seed), PROGRESS)
+        try:
+            writer = CheckpointWriter(folder, source)
+            for index in writer.finished_layers():
+                writer.read_layer(index)
+            write(writer, weights)
+        except (CheckpointError, ConfigError):
+            pass
+        else:
+            gone_on += 1
+            assert same(compressed_decoder(folder), expected), f"seed {seed}"
+        for path in folder.iterdir():
+            path.unlink()
+        restore(folder, whole)
+    assert 0 < gone_on < 50
 
 
 def content_of(path: Path) -> bytes:
