@@ -10,7 +10,7 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
 from ...kernels.errors import LayoutError
@@ -19,8 +19,9 @@ from ..errors import ConclaveError, ConfigError
 from ..loading import fingerprint
 from ..text.tokenizer import Tokenizer
 from .calibration import sequences
-from .layerwise import Recipe, compress_checkpoint
+from .layerwise import Told, compress_checkpoint, measure
 from .pruning import MODES, Mode
+from .recipe import Recipe, allotted
 
 _console = Console(stderr=True)
 
@@ -30,6 +31,10 @@ def main(
     target: Annotated[Path, typer.Argument(help="folder for the compressed one")],
     text: Annotated[Path, typer.Option(help="calibration text: .jsonl with `text`, or plain")],
     format: Annotated[str, typer.Option(help="of every large weight")] = "5:16-int4-g64",
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="on average; N of N:16 is then measured for each weight (reads twice)"),
+    ] = None,
     mode: Annotated[str, typer.Option(help=", ".join(MODES))] = "sparsegpt",
     keep: Annotated[
         list[str] | None,
@@ -45,25 +50,27 @@ def main(
 ) -> None:
     """Compress a Gemma 4 checkpoint layer by layer; run it again to go on after an interruption."""
     try:
-        recipe = Recipe(_format(format), _mode(mode), dict(map(_exception, keep or [])))
+        own, way, exceptions = _format(format), _mode(mode), dict(map(_exception, keep or []))
         tokens = sequences(text, Tokenizer(source), count, length, seed)
         where = torch.device(_device(device))
         about: dict[str, object] = {
             "source": fingerprint(source),
             "format": format,
             "mode": mode,
-            "keep": sorted(keep or []),
+            "keep": keep or [],
+            "sparsity": sparsity,
             "calibration": {"sequences": count, "length": length, "seed": seed},
             "torch": version("torch"),
         }
-        columns = (TextColumn("layers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=_console) as bar:
-            task = bar.add_task("layers", total=None)
-
-            def told(done: int, layers: int) -> None:
-                bar.update(task, completed=done, total=layers)
-
-            outcomes = compress_checkpoint(source, target, recipe, tokens, where, about, told)
+            recipe = Recipe(own, way, exceptions)
+            if sparsity is not None:
+                found = measure(source, tokens, where, _told(bar, "measuring"))
+                recipe = allotted(recipe, found, sparsity)
+            outcomes = compress_checkpoint(
+                source, target, recipe, tokens, where, about, _told(bar, "compressing")
+            )
     except (ConclaveError, OSError) as error:
         _console.print(f"[red]error:[/red] {error}", highlight=False)
         raise typer.Exit(1) from None
@@ -75,6 +82,11 @@ def main(
         few = str(each.by_weights_alone or "")
         table.add_row(each.name, each.format, f"{each.error:.4f}", str(each.inputs), few)
     Console().print(table)
+
+
+def _told(bar: Progress, what: str) -> Told:
+    task = bar.add_task(what, total=None)
+    return lambda done, layers: bar.update(task, completed=done, total=layers)
 
 
 def _format(text: str) -> Format:

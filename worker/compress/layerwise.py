@@ -9,8 +9,7 @@ What it gave up: a layer's own weights all see the inputs of the uncompressed la
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from fnmatch import fnmatchcase
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 
@@ -26,9 +25,11 @@ from ..model.decoder import Decoder, DenseAttention
 from ..model.layers import DecoderLayer
 from ..model.packed import fill, packed_order
 from ..weights import CheckpointReader, allocate, model_tensors
+from .allocation import Sensitivity, sensitivity
 from .calibration import Moments
 from .checkpoint import CheckpointWriter
 from .pruning import Mode, compress, output_error
+from .recipe import Recipe
 
 BATCH = 4
 """Sequences that run at once."""
@@ -39,22 +40,6 @@ WEIGHTS = (
     *("feed_forward.mlp.gate_up.weight", "feed_forward.mlp.down.weight"),
     *("feed_forward.experts.gate_up", "feed_forward.experts.down"),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """How each weight is to be stored."""
-
-    format: Format
-    mode: Mode
-    exceptions: dict[str, Format | None] = field(default_factory=dict)
-    """Formats of weights whose whole name fits a pattern, such as `layers.0.*`; None leaves one as
-    it is. The last that fits counts."""
-
-    def of(self, name: str) -> Format | None:
-        """The format of a weight, such as `layers.3.attention.qkv.weight`."""
-        fitting = [own for pattern, own in self.exceptions.items() if fnmatchcase(name, pattern)]
-        return fitting[-1] if fitting else self.format
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +96,40 @@ def compress_checkpoint(
         writer.write_rest({name: each.to(reader.dtype).contiguous() for name, each in state})
         writer.finish({**about, "weights": [asdict(outcome) for outcome in outcomes]})
     return outcomes
+
+
+def measure(
+    source: Path,
+    tokens: Tensor,
+    device: torch.device,
+    told: Told = lambda done, layers: None,
+) -> dict[str, Sensitivity]:
+    """How much pruning harms each weight of the full checkpoint, by name; see `allocation`."""
+    config = ModelConfig.load(source)
+    found: dict[str, Sensitivity] = {}
+    with CheckpointReader(source, config) as reader, torch.inference_mode():
+        run = _Run(config, _without_layers(config, reader), tokens, device)
+        for index in range(len(config.layers)):
+            layer = _layer(index, config, reader, device)
+            with Moments(layer) as moments:
+                run.through(index, layer, keep=True)
+            tensors = model_tensors(layer)
+            for name in filter(tensors.__contains__, WEIGHTS):
+                sums, counts = moments.sums[name], moments.counts[name]
+                full = f"layers.{index}.{name}"
+                found[full] = _sensitivity_of(tensors[name], sums, counts)
+            told(index + 1, len(config.layers))
+    return found
+
+
+def _sensitivity_of(weight: Tensor, sums: Tensor, counts: Tensor) -> Sensitivity:
+    """Of one weight, or of a stack: the mean over its experts that have seen inputs."""
+    if weight.dim() == 2:
+        return sensitivity(weight, sums)
+    each = [sensitivity(weight[index], sums[index]) for index in counts.nonzero().flatten()]
+    each = each or [sensitivity(weight[0], torch.eye(weight.shape[2], device=weight.device))]
+    errors = {kept: sum(one.errors[kept] for one in each) / len(each) for kept in each[0].errors}
+    return Sensitivity(weight.numel(), errors)
 
 
 def _key(recipe: Recipe, tokens: Tensor, about: dict[str, object]) -> str:

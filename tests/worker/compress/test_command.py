@@ -40,6 +40,14 @@ def test_compressed_and_run(text: Path, text_checkpoint: Path, tmp_path: Path) -
     assert again.exit_code == 1 and "finished checkpoint" in again.output
 
 
+def test_sparse_on_average(text: Path, text_checkpoint: Path, tmp_path: Path) -> None:
+    options = ("--text", text, *SMALL, "--sparsity", "0.65", "--json")
+    done = run(text_checkpoint, tmp_path / "made", *options)
+    assert done.exit_code == 0, done.output
+    formats = {each["format"] for each in json.loads(done.stdout)["weights"]}
+    assert len(formats) > 1 and formats <= {f"{kept}:16-bf16" for kept in (4, 5, 6, 8)}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -47,6 +55,7 @@ def test_compressed_and_run(text: Path, text_checkpoint: Path, tmp_path: Path) -
         (("--mode", "luck"), "magnitude, wanda, sparsegpt"),
         (("--keep", "layers.*=int3"), "int3"),
         (("--sequences", "100000"), "Give more text"),
+        (("--sparsity", "0.9"), "out of reach"),
     ],
 )
 def test_wrong_options_are_told(

@@ -10,8 +10,9 @@ import torch
 from conclave.kernels.formats import Format, PackedWeight
 from conclave.worker import Engine
 from conclave.worker.compress import layerwise
-from conclave.worker.compress.layerwise import Recipe, compress_checkpoint
+from conclave.worker.compress.layerwise import compress_checkpoint, measure
 from conclave.worker.compress.pruning import MODES, Mode, compress
+from conclave.worker.compress.recipe import Recipe, allotted
 from conclave.worker.errors import ConfigError
 from conclave.worker.model.config import ModelConfig
 from conclave.worker.model.decoder import Decoder, DenseAttention
@@ -157,3 +158,28 @@ def test_half_an_mlp_is_refused(tiny_checkpoint: Checkpoint, tmp_path: Path) -> 
     recipe = Recipe(BF16, "wanda", {"*.down.weight": None})
     with pytest.raises(ConfigError, match="together or not at all"):
         compress_checkpoint(tiny_checkpoint("1"), tmp_path / "made", recipe, tokens(), CPU, {})
+
+
+def test_allotted_survivors_harm_less_than_equal_ones(
+    tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """At the same average; what is excepted keeps its format and does not count."""
+    source, uniform = tiny_checkpoint("7"), Recipe(Format.parse("5:16-bf16"), "wanda")
+    found = measure(source, tokens(12), CPU)
+    recipe = allotted(uniform, found, 1 - 5 / 16)
+    assert len({recipe.of(name) for name in found}) > 1
+    kept = {name: own.kept for name in found if (own := recipe.of(name))}
+    total = sum(each.weights for each in found.values())
+    assert sum(found[name].weights * n for name, n in kept.items()) <= 5 * total
+    errors = [
+        sum(
+            each.error
+            for each in compress_checkpoint(source, tmp_path / name, own, tokens(12), CPU, {})
+        )
+        for name, own in (("equal", uniform), ("allotted", recipe))
+    ]
+    assert errors[1] < errors[0]
+    partly = Recipe(uniform.format, "wanda", {"layers.0.*": INT8})
+    assert allotted(partly, found, 0.7).of("layers.0.attention.qkv.weight") == INT8
+    with pytest.raises(ConfigError, match="N:16"):
+        allotted(Recipe(INT8, "wanda"), found, 0.7)
