@@ -78,7 +78,7 @@ def load_model(config: EngineConfig, progress: Progress | None = None) -> Loaded
                 f"weight_format is {format}, but {folder} is compressed already: leave it out"
             )
         check_settings(folder)
-    device = _device(config.device)
+    device = device_of(config.device)
     dtype = _dtype(config.dtype, device)
     torch.set_num_threads(config.threads or _spare_threads())
     model = ModelConfig.load(folder)
@@ -164,7 +164,8 @@ def _spare_threads() -> int:
     return max(1, min(torch.get_num_threads(), cores - 1))
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """What `EngineConfig.device` names; ConfigError if that cannot be used here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -1,4 +1,4 @@
-"""`conclave compress SRC DST`: a full checkpoint becomes a sparse, quantized one."""
+"""`conclave compress SRC DST` and, beside it, `conclave evaluate`."""
 
 import json
 import sys
@@ -7,7 +7,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -16,9 +15,10 @@ from rich.table import Table
 from ...kernels.errors import LayoutError
 from ...kernels.formats import Format
 from ..errors import ConclaveError, ConfigError
-from ..loading import fingerprint
+from ..loading import device_of, fingerprint
 from ..text.tokenizer import Tokenizer
 from .calibration import sequences
+from .evaluate import evaluate
 from .layerwise import Told, compress_checkpoint, measure
 from .pruning import MODES, Mode
 from .recipe import Recipe, allotted
@@ -26,7 +26,7 @@ from .recipe import Recipe, allotted
 _console = Console(stderr=True)
 
 
-def main(
+def compress(
     source: Annotated[Path, typer.Argument(help="checkpoint folder")],
     target: Annotated[Path, typer.Argument(help="folder for the compressed one")],
     text: Annotated[Path, typer.Option(help="calibration text: .jsonl with `text`, or plain")],
@@ -52,7 +52,7 @@ def main(
     try:
         own, way, exceptions = _format(format), _mode(mode), dict(map(_exception, keep or []))
         tokens = sequences(text, Tokenizer(source), count, length, seed)
-        where = torch.device(_device(device))
+        where = device_of(device)
         about: dict[str, object] = {
             "source": fingerprint(source),
             "format": format,
@@ -108,11 +108,9 @@ def _exception(text: str) -> tuple[str, Format | None]:
     return pattern, _format(format) if format else None
 
 
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return name
-
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.command()(compress)
+app.command()(evaluate)
 
 if __name__ == "__main__":
-    typer.run(main)
+    app(prog_name="conclave")

@@ -1,13 +1,15 @@
 """What a layer's weights are fed: calibration text, and the moments of their inputs.
 
-Text is a .jsonl of {"text": ..., "language": ...} (languages take turns, so that rare ones count as
-much as common ones) or any other file, whose documents are separated by empty lines. Documents are
-strung together and cut into sequences of equal length.
+Text is a .jsonl of {"text": ..., "language": ..., "prompt": ...}, of which the first is needed, or
+any other file, whose documents are separated by empty lines. For calibration languages take
+turns, so that rare ones count as much as common ones; documents are strung together and cut into
+sequences of equal length.
 """
 
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +22,31 @@ from ..model.layers import DecoderLayer, Experts
 from ..text.tokenizer import Tokenizer
 
 
-def read_documents(path: Path) -> list[tuple[str, str]]:
-    """(language, text) of each document; "" where no language is told. Raises ConfigError."""
+@dataclass(frozen=True, slots=True)
+class Text:
+    """One document of a file."""
+
+    text: str
+    language: str = ""
+    prompt: str = ""
+    """What comes before the text and is not to be predicted."""
+
+
+def read_texts(path: Path) -> list[Text]:
+    """The documents of a file. Raises ConfigError if it is not readable or has none."""
     try:
         content = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
             rows = [json.loads(line) for line in content.splitlines() if line.strip()]
-            found = [(str(row.get("language", "")), str(row["text"])) for row in rows]
+            found = [
+                Text(str(row["text"]), str(row.get("language", "")), str(row.get("prompt", "")))
+                for row in rows
+            ]
         else:
-            found = [("", part) for part in content.split("\n\n") if part.strip()]
+            found = [Text(part) for part in content.split("\n\n") if part.strip()]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ConfigError(
-            f"{path} is no calibration text ({error!r}); give a .jsonl with a `text` in each line, "
+            f"{path} is no text to read ({error!r}); give a .jsonl with a `text` in each line, "
             "or plain text in UTF-8"
         ) from error
     if not found:
@@ -45,8 +60,8 @@ def sequences(path: Path, tokenizer: Tokenizer, count: int, length: int, seed: i
     Raises ConfigError if there is not text enough.
     """
     found: list[int] = []
-    for text in _in_turn(read_documents(path), random.Random(seed)):
-        found += tokenizer.encode(text)
+    for text in _in_turn(read_texts(path), random.Random(seed)):
+        found += tokenizer.encode(text.prompt + text.text)
         if len(found) >= count * length:
             return torch.tensor(found[: count * length]).view(count, length)
     raise ConfigError(
@@ -55,13 +70,13 @@ def sequences(path: Path, tokenizer: Tokenizer, count: int, length: int, seed: i
     )
 
 
-def _in_turn(documents: list[tuple[str, str]], draw: random.Random) -> Iterator[str]:
+def _in_turn(texts: list[Text], draw: random.Random) -> Iterator[Text]:
     """A document of each language in turn, each language in an order of its own."""
-    by_language: dict[str, list[str]] = {}
-    for language, text in documents:
-        by_language.setdefault(language, []).append(text)
-    for texts in by_language.values():
-        draw.shuffle(texts)
+    by_language: dict[str, list[Text]] = {}
+    for text in texts:
+        by_language.setdefault(text.language, []).append(text)
+    for own in by_language.values():
+        draw.shuffle(own)
     while by_language:
         for language in list(by_language):
             yield by_language[language].pop()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conclave.worker.compress.calibration import Moments, read_documents, sequences
+from conclave.worker.compress.calibration import Moments, Text, read_texts, sequences
 from conclave.worker.errors import ConfigError
 from conclave.worker.model.config import ModelConfig
 from conclave.worker.model.decoder import Decoder, DenseAttention
@@ -43,7 +43,7 @@ def test_languages_take_turns(tmp_path: Path, text_checkpoint: Path) -> None:
 def test_plain_text_is_cut_at_empty_lines(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("one\nmore\n\ntwo\n\n\n")
-    assert read_documents(path) == [("", "one\nmore"), ("", "two")]
+    assert read_texts(path) == [Text("one\nmore"), Text("two")]
 
 
 @pytest.mark.parametrize(
@@ -59,9 +59,9 @@ def test_plain_text_is_cut_at_empty_lines(tmp_path: Path) -> None:
 def test_unreadable_text_is_refused(name: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=name):
-        read_documents(tmp_path / name)
+        read_texts(tmp_path / name)
     with pytest.raises(ConfigError, match="nowhere"):
-        read_documents(tmp_path / "nowhere.txt")
+        read_texts(tmp_path / "nowhere.txt")
 
 
 def test_too_little_text_is_refused(tmp_path: Path, text_checkpoint: Path) -> None:

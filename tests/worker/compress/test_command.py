@@ -4,19 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
-from typer import Typer
 from typer.testing import CliRunner, Result
 
 from conclave.worker import Engine
-from conclave.worker.compress.__main__ import main
+from conclave.worker.compress.__main__ import app
 
-app = Typer()
-app.command()(main)
 SMALL = ("--sequences", "4", "--length", "16", "--device", "cpu", "--format", "8:16-bf16")
 
 
-def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, [str(each) for each in arguments])
+def run(*arguments: str | Path, command: str = "compress") -> Result:
+    return CliRunner().invoke(app, [command, *map(str, arguments)])
 
 
 @pytest.fixture
@@ -69,3 +66,42 @@ def test_wrong_options_are_told(
 def test_no_checkpoint_is_told(text: Path, tmp_path: Path) -> None:
     done = run(tmp_path / "nowhere", tmp_path / "made", "--text", text, *SMALL)
     assert done.exit_code == 1 and "error:" in done.output
+
+
+def test_evaluated(text: Path, text_checkpoint: Path, tmp_path: Path) -> None:
+    made, out = tmp_path / "made", tmp_path / "report"
+    assert run(text_checkpoint, made, "--text", text, *SMALL).exit_code == 0
+    options = ("--original", text_checkpoint, "--device", "cpu", "--out", out, "--json")
+    rows = [
+        {"text": f"held out {number}", "language": "ab"[number % 2], "prompt": "read: "}
+        for number in range(10)
+    ]
+    held_out = tmp_path / "heldout.jsonl"
+    held_out.write_text("\n".join(map(json.dumps, rows)))
+    done = run(made, "--text", held_out, *options, command="evaluate")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert report["languages"][0]["language"] == "all"
+    assert {each["language"] for each in report["languages"][1:]} == {"a", "b"}
+    assert report["storage"]["sparsity"] == 0.5
+    assert 8 < report["storage"]["bits_per_weight"] < 20
+    assert report["languages"][0]["ratio"] != 1
+    assert all(0 < each["error"] < 1 for each in report["weights"])
+    assert {path.name for path in out.iterdir()} >= {"report.json", "report.md", "languages.png"}
+    assert "| all | 10 |" in (out / "report.md").read_text()
+    same = run(text_checkpoint, "--text", text, *options, command="evaluate")
+    assert json.loads(same.stdout)["languages"][0]["ratio"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("--length", "2"), "no document"), (("--device", "moon"), "cannot be used")],
+)
+def test_what_cannot_be_evaluated_is_told(
+    arguments: tuple[str, str], message: str, text_checkpoint: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "heldout.jsonl"
+    path.write_text(json.dumps({"text": "b", "prompt": "quite a long prompt"}))
+    options = ("--original", text_checkpoint, "--text", path, *arguments)
+    done = run(text_checkpoint, *options, command="evaluate")
+    assert done.exit_code == 1 and message in " ".join(done.output.split())
