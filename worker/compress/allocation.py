@@ -26,7 +26,11 @@ class Sensitivity:
 
     weights: int
     errors: Mapping[int, float]
-    """By N: |x (w - w')^T|^2 / |x w^T|^2."""
+    """By N: |x (w - w')^T|^2 / |x w^T|^2, times what such an error matters."""
+
+    def times(self, weight: float) -> "Sensitivity":
+        """The same of a matrix whose errors matter so much."""
+        return Sensitivity(self.weights, {kept: own * weight for kept, own in self.errors.items()})
 
 
 def sensitivity(weight: Tensor, moments: Tensor) -> Sensitivity:

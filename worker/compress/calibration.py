@@ -147,3 +147,39 @@ class Moments:
             return plain(inputs, chosen)
 
         experts.run = run  # type: ignore[method-assign]
+
+
+class Shares:
+    """How much a layer's two branches add to the residual, as shares of its energy, while it runs.
+
+    Each branch ends in a norm, which makes up for its size: an error in it counts for the model by
+    what the norm lets through.
+    """
+
+    def __init__(self, layer: DecoderLayer) -> None:
+        self._energy = {"attention": 0.0, "feed_forward": 0.0, "": 0.0}
+        parts = {
+            "attention": layer.attention_output_norm,
+            "feed_forward": layer.feed_forward_output_norm,
+            "": layer,
+        }
+        self._handles = [
+            module.register_forward_hook(self._adding(name)) for name, module in parts.items()
+        ]
+
+    def __enter__(self) -> "Shares":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def of(self, weight: str) -> float:
+        """The share of the branch that a weight, such as `attention.qkv.weight`, is in."""
+        return self._energy[weight.partition(".")[0]] / self._energy[""]
+
+    def _adding(self, name: str) -> Any:
+        def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            self._energy[name] += float(output.float().square().sum())
+
+        return add

@@ -26,7 +26,7 @@ from ..model.layers import DecoderLayer
 from ..model.packed import fill, packed_order
 from ..weights import CheckpointReader, allocate, model_tensors
 from .allocation import Sensitivity, sensitivity
-from .calibration import Moments
+from .calibration import Moments, Shares
 from .checkpoint import CheckpointWriter
 from .pruning import Mode, compress, output_error
 from .recipe import Recipe
@@ -111,13 +111,13 @@ def measure(
         run = _Run(config, _without_layers(config, reader), tokens, device)
         for index in range(len(config.layers)):
             layer = _layer(index, config, reader, device)
-            with Moments(layer) as moments:
+            with Moments(layer) as moments, Shares(layer) as shares:
                 run.through(index, layer, keep=True)
             tensors = model_tensors(layer)
             for name in filter(tensors.__contains__, WEIGHTS):
                 sums, counts = moments.sums[name], moments.counts[name]
                 full = f"layers.{index}.{name}"
-                found[full] = _sensitivity_of(tensors[name], sums, counts)
+                found[full] = _sensitivity_of(tensors[name], sums, counts).times(shares.of(name))
             told(index + 1, len(config.layers))
     return found
 

@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from conclave.worker.compress.calibration import Moments, Text, read_texts, sequences
+from conclave.worker.compress.calibration import (
+    Moments,
+    Shares,
+    Text,
+    read_texts,
+    sequences,
+)
 from conclave.worker.errors import ConfigError
 from conclave.worker.model.config import ModelConfig
 from conclave.worker.model.decoder import Decoder, DenseAttention
@@ -101,3 +107,18 @@ def test_moments_are_those_of_the_inputs(variant: str, tiny_checkpoint: Checkpoi
         assert torch.equal(counts, moments.counts["feed_forward.experts.down"])
         sums = moments.sums["feed_forward.experts.gate_up"]
         assert bool((sums.diagonal(dim1=1, dim2=2).sum(1) > 0).eq(counts > 0).all())
+
+
+def test_shares_of_the_branches(tiny_checkpoint: Checkpoint) -> None:
+    decoder = decoder_of(tiny_checkpoint("1"))
+    layer = decoder.layers[0]
+    assert isinstance(layer, DecoderLayer)
+    hidden, rotation = torch.randn(21, 64), decoder.rotations(torch.arange(21))[0]
+    with torch.inference_mode(), Shares(layer) as shares:
+        layer(hidden, rotation, None, DenseAttention(decoder.config, [21]))
+    attention, mlp = shares.of("attention.qkv.weight"), shares.of("feed_forward.mlp.down.weight")
+    assert attention == shares.of("attention.out.weight") > 0 and mlp > 0
+    layer.attention_output_norm.weight.data *= 2
+    with torch.inference_mode(), Shares(layer) as louder:
+        layer(hidden, rotation, None, DenseAttention(decoder.config, [21]))
+    assert louder.of("attention.out.weight") > attention
