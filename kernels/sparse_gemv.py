@@ -186,9 +186,9 @@ def _sparse_gemv(
     next_words = _words(words + piece * (4 * KEPT * 32), piece < pieces, 4 * KEPT)
     if OVERLAP:
         # What is read next comes closer while the kernel before this one ends.
-        for later in range(begin + step, tl.minimum(begin + ahead * step, pieces), step):
-            place = words + (later + warp) * (4 * KEPT * 32)
-            _prefetch(place, lane + tl.maximum(later + warp - pieces + 1, 0), KEPT * 512)
+        for near in range(begin + step, tl.minimum(begin + ahead * step, pieces), step):
+            place = words + (near + warp) * (4 * KEPT * 32)
+            _prefetch(place, lane + tl.maximum(near + warp - pieces + 1, 0), KEPT * 512)
         tl.extra.cuda.gdc_wait()
     next_held = _activations(x, piece * 64 + lane % 16, piece < pieces, PAIRS)
     for first in range(begin, pieces, step):

@@ -213,7 +213,8 @@ def resources(binary: Binary, assembly: str, target: Target) -> Resources:
     if target.vendor == "amd":
         numbers = {name: int(n) for name, n in re.findall(r"\.(\w+):\s+(\d+)$", assembly, re.M)}
         return Resources(
-            parameters=assembly.count(".value_kind:"),
+            # The driver itself fills in the hidden ones, such as the grid's size.
+            parameters=len(re.findall(r"\.value_kind:\s+(?!hidden_|\s)", assembly)),
             registers=numbers["vgpr_count"],
             spilled=numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"],
             stack=numbers["private_segment_fixed_size"],
