@@ -62,14 +62,28 @@ def test_a_submitted_job_serves_the_fleet(ground: Any) -> None:
         PYTHONPATH="",
     )
     ground.until(lambda: answers(f"{jobs}/api/version"), lambda: str(ground.log("head.log")))
-    submit = ground.start(
-        "submit.log",
-        *("ray", "job", "submit", "--address", jobs, "--working-dir", clean_copy(ground)),
-        *("--runtime-env-json", json.dumps({"env_vars": {"PYTHONPATH": ".root"}}), "--"),
-        *(sys.executable, "-m", "conclave.orchestrator.cli", "serve"),
-        *("--fleet", "fleet.yaml", "--port", str(ports["gateway"])),
-        **mode,
-    )
+    tree = clean_copy(ground)
+
+    def submitted() -> Any:
+        return ground.start(
+            "submit.log",
+            *("ray", "job", "submit", "--address", jobs, "--working-dir", tree),
+            *("--runtime-env-json", json.dumps({"env_vars": {"PYTHONPATH": ".root"}}), "--"),
+            *(sys.executable, "-m", "conclave.orchestrator.cli", "serve"),
+            *("--fleet", "fleet.yaml", "--port", str(ports["gateway"])),
+            **mode,
+        )
+
+    submit = submitted()
+
+    def serves() -> bool:
+        nonlocal submit
+        # Ray's dashboard answers before the node's agent, which runs jobs, has come up.
+        if submit.poll() is not None and "No available agent" in ground.log("submit.log"):
+            submit = submitted()
+        return "\ngateway " in ground.log("submit.log")
+
+    ground.until(serves, lambda: str(ground.log("submit.log")))
     address = ground.logged("submit.log", "gateway ")
     with Client(address) as client:
         ground.serving(client, 3, "submit.log")
