@@ -110,7 +110,7 @@ def put_packed(decoder: Decoder, name: str, weights: Sequence[PackedWeight]) -> 
 def fill(name: str, plain: Tensor, weight: PackedWeight) -> None:
     """Give the plain weight `name` the values of its packed form."""
     with torch.no_grad():
-        plain.copy_(_halved(unpack(weight)) if _is_gated(name) else unpack(weight))
+        plain.copy_(plain_order(name, unpack(weight)))
 
 
 def packed_order(name: str, weight: Tensor) -> Tensor:
@@ -124,9 +124,11 @@ def packed_order(name: str, weight: Tensor) -> Tensor:
     return halves.transpose(-2, -3).flatten(-3, -2)
 
 
-def _halved(gate_up: Tensor) -> Tensor:
-    """The inverse of `packed_order` for alternating rows."""
-    pairs: Tensor = gate_up.unflatten(-2, (-1, 2))
+def plain_order(name: str, weight: Tensor) -> Tensor:
+    """The inverse of `packed_order`; [..., R, anything]."""
+    if not _is_gated(name):
+        return weight
+    pairs: Tensor = weight.unflatten(-2, (-1, 2))
     return pairs.transpose(-2, -3).flatten(-3, -2)
 
 
