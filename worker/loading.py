@@ -18,7 +18,7 @@ from .errors import CheckpointError, ConfigError
 from .model.config import ModelConfig, cache_groups
 from .model.decoder import Decoder
 from .model.packed import pack_decoder, round_decoder
-from .runner import ModelRunner
+from .running.runner import ModelRunner
 from .scheduling.sizing import CachePlan, plan_cache
 from .text.tokenizer import Tokenizer
 from .weights import blank_decoder, load_decoder

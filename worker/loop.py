@@ -13,7 +13,6 @@ from collections.abc import Sequence as Items
 
 from torch import Tensor
 
-from .batch import Chunk
 from .config import EngineConfig
 from .errors import ConclaveError, DeadlineExceeded, InvalidRequest, Unavailable
 from .load import Load, Meter
@@ -21,7 +20,8 @@ from .loading import LoadedModel
 from .requests.answer import Answer, start_sequences
 from .requests.events import Event, Failed, Request
 from .requests.stepping import StepAnswer
-from .sampler import likeliest, sample, score
+from .running.batch import Chunk
+from .running.sampler import likeliest, sample, score
 from .scheduling.cache import BlockManager
 from .scheduling.scheduler import Scheduler, Share
 from .scheduling.sequence import Sequence, State

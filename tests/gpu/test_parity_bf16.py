@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from conclave.worker.batch import Chunk
 from conclave.worker.model.config import ModelConfig, cache_groups
 from conclave.worker.model.decoder import Decoder, DenseAttention
-from conclave.worker.runner import ModelRunner
+from conclave.worker.running.batch import Chunk
+from conclave.worker.running.runner import ModelRunner
 from conclave.worker.weights import load_decoder
 
 pytestmark = [

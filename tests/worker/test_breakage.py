@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from conclave.worker import Engine
-from conclave.worker.batch import Chunk
 from conclave.worker.errors import Unavailable
+from conclave.worker.running.batch import Chunk
 
 TinyCheckpoint = Callable[[int | str], Path]
 

@@ -1,9 +1,9 @@
 """The Gemma 4 text decoder of every size, and the attention that needs no cache.
 
 `Decoder` maps flat tokens to hidden states and those to logits. Who remembers keys is its caller's
-choice: the worker's paged cache (worker/runner.py), or `DenseAttention` here, for whole sequences
-and for training. What it gave up: prompt tokens whose logits nobody wants could skip the layers
-after the last own keys (20 of 35 in E2B).
+choice: the worker's paged cache (worker/running/runner.py), or `DenseAttention` here, for whole
+sequences and for training. What it gave up: prompt tokens whose logits nobody wants could skip the
+layers after the last own keys (20 of 35 in E2B).
 """
 
 from collections.abc import Sequence

@@ -8,7 +8,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
 from ..draws import split_mix
-from ..sampler import Choice
+from ..running.sampler import Choice
 from ..scheduling.sequence import FinishReason, Sequence, State
 from ..text.tokenizer import Tokenizer
 from .answer_text import AnswerText

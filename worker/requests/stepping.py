@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Self
 
 from ..errors import InvalidRequest
-from ..sampler import Choice
+from ..running.sampler import Choice
 from ..scheduling.sequence import Sequence
 from ..text.tokenizer import Tokenizer
 from .answer import Answer

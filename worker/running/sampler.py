@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .draws import uniform
-from .scheduling.sequence import Sequence
+from ..draws import uniform
+from ..scheduling.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..model.config import ModelConfig
 from .batch import Chunk, Step, build_step, decode_step
-from .model.config import ModelConfig
 
 Forward = Callable[[Step, "Caches"], Tensor]
 Caches = dict[int, tuple[Tensor, Tensor]]

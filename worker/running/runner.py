@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels.reference import Pages, paged_attention, plan_pages, write_kv
+from ...kernels.reference import Pages, paged_attention, plan_pages, write_kv
+from ..model.config import CacheGroup, ModelConfig, cache_groups
+from ..model.decoder import Decoder
 from .batch import Chunk, Part, Step, build_step
-from .model.config import CacheGroup, ModelConfig, cache_groups
-from .model.decoder import Decoder
 from .recording import Caches, RecordedDecode, can_record
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conclave.worker.draws import uniform
-from conclave.worker.sampler import likeliest, sample, score
+from conclave.worker.running.sampler import likeliest, sample, score
 from conclave.worker.sampling import SamplingParams
 from conclave.worker.scheduling.sequence import Sequence
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from conclave.worker.batch import Chunk, build_step
 from conclave.worker.model.config import ModelConfig, cache_groups
-from conclave.worker.recording import can_record
-from conclave.worker.runner import ModelRunner
+from conclave.worker.running.batch import Chunk, build_step
+from conclave.worker.running.recording import can_record
+from conclave.worker.running.runner import ModelRunner
 from conclave.worker.weights import load_decoder
 
 CPU = torch.device("cpu")
