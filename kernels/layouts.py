@@ -5,6 +5,7 @@ Plain torch on whatever device the tensors are on, a bounded number of rows at a
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,7 +23,18 @@ from .formats import (
     tensor_shapes,
 )
 
-__all__ = ["Format", "PackedWeight", "mask_of", "pack", "packed_bytes", "unpack", "validate"]
+__all__ = [
+    "Format",
+    "PackedWeight",
+    "codes_of",
+    "mask_of",
+    "pack",
+    "pack_codes",
+    "packed_bytes",
+    "scales_of",
+    "unpack",
+    "validate",
+]
 
 BLOCK_WEIGHTS = 1 << 22
 """Weights packed or unpacked at a time: some 100 MB of temporaries, whatever the matrix."""
@@ -68,6 +80,33 @@ def pack(
         for name, values in _pack_block(block, format, survivors, given).items():
             tensors[name][index][tiles] = _tiled(values)
     return packed
+
+
+def pack_codes(
+    codes: Tensor, format: Format, scales: Tensor, mask: Tensor | None = None
+) -> PackedWeight:
+    """The inverse of `codes_of` (int8 [E?, R, K]), `scales_of` (bfloat16 [E?, R, K/group]) and
+    `mask_of`: as `pack`, but not a bit of a code or scale changes, be the scale zero or huge.
+
+    Codes are in the range of the format, which is an integer one, and zero where `mask` is false.
+    """
+    ones = torch.ones_like(scales.transpose(-1, -2))
+    packed = pack(codes.bfloat16(), format, mask, ones)
+    shapes = tensor_shapes(format, packed.rows, packed.columns, packed.experts)
+    own = _padded_scales(scales.transpose(-1, -2), shapes, format, packed.rows)
+    return replace(packed, scales=own.contiguous())
+
+
+def codes_of(packed: PackedWeight) -> Tensor:
+    """The codes of an integer format, int8 [E?, R, K]; zero where no weight survives."""
+    return _dense(packed, torch.int8, _codes)
+
+
+def scales_of(packed: PackedWeight) -> Tensor:
+    """The scales of an integer format as they are stored, bfloat16 [E?, R, K/group]."""
+    assert packed.scales is not None, f"{packed.format} has no scales"
+    rows: Tensor = packed.scales.transpose(-1, -2).flatten(-3, -2)
+    return rows[..., : packed.rows, :].contiguous()
 
 
 def unpack(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -276,15 +315,19 @@ def _dense(
     return output
 
 
-def _values(packed: PackedWeight) -> Tensor:
+def _codes(packed: PackedWeight) -> Tensor:
     """float32 [r, K] of rows as of `_slice`."""
     if not packed.format.dense:
         codes, positions = _survivors(packed)
-        values = _spread(codes.float(), positions)
-    elif packed.format.bits == 4:
-        values = _of_words(packed.codes.T).float() - 8
-    else:
-        values = packed.codes.T.float()
+        return _spread(codes.float(), positions)
+    if packed.format.bits == 4:
+        return _of_words(packed.codes.T).float() - 8
+    return packed.codes.T.float()
+
+
+def _values(packed: PackedWeight) -> Tensor:
+    """float32 [r, K] of rows as of `_slice`."""
+    values = _codes(packed)
     if packed.scales is None:
         return values
     grouped = values.view(values.shape[0], -1, packed.format.group)

@@ -17,9 +17,12 @@ from conclave.kernels.formats import padded
 from conclave.kernels.layouts import (
     Format,
     PackedWeight,
+    codes_of,
     mask_of,
     pack,
+    pack_codes,
     packed_bytes,
+    scales_of,
     unpack,
     validate,
 )
@@ -173,6 +176,26 @@ def test_given_scales_are_used_and_padded() -> None:
     assert packed.scales is not None and (packed.scales[..., :20] == 0.5).all()
     assert packed.scales[..., 20:].count_nonzero() == 0
     assert torch.equal(unpack(packed), (weight.float() / 0.5).round() * 0.5)
+
+
+@pytest.mark.parametrize("text", [text for text in FORMATS if "bf16" not in text])
+@pytest.mark.parametrize("experts", [None, 3])
+def test_codes_and_scales_there_and_back(text: str, experts: int | None) -> None:
+    """Not a bit changes, be the scale zero, tiny or the largest there is."""
+    format = Format.parse(text)
+    stack = () if experts is None else (experts,)
+    weight = pack(random_weight(*stack, 200, columns_for(format, 2)), format)
+    assert weight.scales is not None
+    odd = torch.tensor([0.0, 1e-40, 3e38]).bfloat16()
+    scales = scales_of(weight)
+    scales[..., :9, 0] = odd.repeat(3)
+    codes, mask = codes_of(weight), mask_of(weight)
+    made = pack_codes(codes, format, scales, mask)
+    validate(made)
+    assert torch.equal(codes_of(made), codes) and torch.equal(mask_of(made), mask)
+    assert torch.equal(scales_of(made), scales)
+    same = pack_codes(codes, format, scales_of(weight), mask)
+    assert all(torch.equal(own, weight.tensors()[name]) for name, own in same.tensors().items())
 
 
 def test_zero_and_tiny_weights() -> None:

@@ -60,7 +60,7 @@ class CheckpointWriter:
         self._files, self._weights = self._begun(copies)
         self._write_manifest(PROGRESS, self._key)
         for name, path in files.items():
-            _replace(folder / name, partial(shutil.copyfile, path))
+            replace_file(folder / name, partial(shutil.copyfile, path))
 
     def finished_layers(self) -> list[int]:
         """Layers that are written, their files read and found whole; others are to be written."""
@@ -152,7 +152,7 @@ class CheckpointWriter:
         }
         check_tensors(file, found, self.contents.tensors(file, records))
         plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        record = _replace(self.folder / file, lambda path: save_file(plain, path))
+        record = replace_file(self.folder / file, lambda path: save_file(plain, path))
         self._files[file] = record
         kept = {name: old for name, old in self._weights.items() if file_of(name) != file}
         self._weights = kept | records
@@ -162,7 +162,7 @@ class CheckpointWriter:
         manifest = Manifest(
             version=VERSION, files=self._files, weights=self._weights, about=dict(about)
         )
-        _replace(self.folder / name, lambda path: path.write_text(manifest.text()))
+        replace_file(self.folder / name, lambda path: path.write_text(manifest.text()))
 
 
 def _check(packed: Mapping[str, PackedWeight]) -> None:
@@ -173,7 +173,7 @@ def _check(packed: Mapping[str, PackedWeight]) -> None:
             raise CheckpointError(f"{name} cannot be written: {error}") from error
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> FileRecord:
+def replace_file(path: Path, write: Callable[[Path], object]) -> FileRecord:
     """Put a file into place that `write` makes, whole or not at all."""
     unfinished = path.with_name(path.name + _PARTIAL)
     write(unfinished)

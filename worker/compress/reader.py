@@ -56,9 +56,7 @@ def load_compressed(
     loaded, weights in all) after each file. Raises CheckpointError, which names the file or the
     tensor, if a file is missing, changed or too many, or tensors are not what the model needs.
     """
-    check_settings(folder)
-    manifest, contents = _manifest(folder), Contents(config)
-    _check_list(folder / MANIFEST, manifest, contents)
+    manifest, contents = read_list(folder, config)
     if packed is None:
         packed = device.type != "cpu"
     decoder, done = blank_decoder(config), 0
@@ -74,6 +72,17 @@ def load_compressed(
         if progress is not None:
             progress(done, len(contents.shapes))
     return decoder.eval()
+
+
+def read_list(folder: Path, config: ModelConfig) -> tuple[Manifest, Contents]:
+    """conclave.json and what the files that it lists must hold; those that are no weights are read.
+
+    Raises CheckpointError, see `load_compressed`.
+    """
+    check_settings(folder)
+    manifest, contents = _manifest(folder), Contents(config)
+    _check_list(folder / MANIFEST, manifest, contents)
+    return manifest, contents
 
 
 def read_weights(
