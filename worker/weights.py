@@ -61,7 +61,7 @@ class CheckpointReader:
     def __init__(self, folder: Path, config: ModelConfig) -> None:
         self._table = tensor_map(config)
         with ExitStack() as stack:
-            self._sources = _sources(_open_files(folder, stack), config, self._table)
+            self._sources = _sources(open_files(folder, stack), config, self._table)
             _check(self._sources, self._table)
             self._files = stack.pop_all()
 
@@ -236,7 +236,7 @@ def _layer_entries(per_layer_size: int, size: int) -> Iterator[Entry]:
         yield "post_per_layer_input_norm.weight", "per_layer_input.norm.weight", 0, (size,)
 
 
-def _open_files(folder: Path, stack: ExitStack) -> list[Any]:
+def open_files(folder: Path, stack: ExitStack) -> list[Any]:
     """The checkpoint's safetensors files, mapped and open as long as `stack`."""
     index = folder / "model.safetensors.index.json"
     names = _shard_names(index) if index.exists() else ["model.safetensors"]
