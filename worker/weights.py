@@ -36,6 +36,9 @@ FOREIGN = re.compile(
 """Towers of wrapper checkpoints that a text decoder leaves on the disk."""
 DTYPES = ("BF16", "F16", "F32", "F64")
 
+Change = Callable[[str, Tensor], Tensor]
+"""What a tensor, by its name without prefix, becomes on its way from the checkpoint."""
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -58,8 +61,9 @@ class CheckpointReader:
     and for files that are missing or broken.
     """
 
-    def __init__(self, folder: Path, config: ModelConfig) -> None:
+    def __init__(self, folder: Path, config: ModelConfig, change: Change | None = None) -> None:
         self._table = tensor_map(config)
+        self._change = change
         with ExitStack() as stack:
             self._sources = _sources(open_files(folder, stack), config, self._table)
             _check(self._sources, self._table)
@@ -87,8 +91,10 @@ class CheckpointReader:
         wanted = [name for name in self._sources if self._table[name].parameter in tensors]
         for done, name in enumerate(wanted, start=1):
             file, stored = self._sources[name]
+            tensor = file.get_tensor(stored)
             with torch.no_grad():
-                self._table[name].view(tensors).copy_(file.get_tensor(stored))
+                changed = tensor if self._change is None else self._change(name, tensor)
+                self._table[name].view(tensors).copy_(changed)
             if progress is not None:
                 progress(done, len(wanted))
 
@@ -180,6 +186,16 @@ def tensor_map(config: ModelConfig) -> dict[str, Target]:
     return table
 
 
+def dead_tensors(config: ModelConfig) -> set[str]:
+    """Names without prefix of what E2B and E4B checkpoints still carry and no layer reads."""
+    return {
+        f"layers.{index}.self_attn.{name}.weight"
+        for index, layer in enumerate(config.layers)
+        if layer.kv_source != index
+        for name in ("k_proj", "v_proj", "k_norm", "v_norm")
+    }
+
+
 Entry = tuple[str, str, int, tuple[int, ...]]
 """Checkpoint name, our name, first row, shape; both names within their layer."""
 
@@ -267,11 +283,9 @@ def _sources(
     files: list[Any], config: ModelConfig, table: Mapping[str, Target]
 ) -> dict[str, tuple[Any, str]]:
     """Name without prefix to (file, name in the file), ignored tensors left out."""
-    ignored = {f"{prefix}lm_head.weight" for prefix in PREFIXES} if config.tied_head else set()
-    for index, layer in enumerate(config.layers):
-        if layer.kv_source != index:  # E2B and E4B checkpoints still carry these
-            dead = ("k_proj", "v_proj", "k_norm", "v_norm")
-            ignored |= {f"layers.{index}.self_attn.{name}.weight" for name in dead}
+    ignored = dead_tensors(config)
+    if config.tied_head:
+        ignored |= {f"{prefix}lm_head.weight" for prefix in PREFIXES}
     sources: dict[str, tuple[Any, str]] = {}
     for file in files:
         for stored in file.keys():

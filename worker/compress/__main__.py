@@ -16,12 +16,14 @@ from ...kernels.errors import LayoutError
 from ...kernels.formats import Format
 from ..errors import ConclaveError, ConfigError
 from ..loading import device_of, fingerprint
+from ..model.config import ModelConfig
 from ..text.tokenizer import Tokenizer
 from .calibration import sequences
 from .evaluate import evaluate
 from .layerwise import Told, compress_checkpoint, measure
 from .pruning import MODES, Mode
 from .recipe import Recipe, allotted
+from .sources.adapter import Adapter
 
 _console = Console(stderr=True)
 
@@ -42,6 +44,9 @@ def compress(
             help="PATTERN=FORMAT, or PATTERN alone to leave a weight as it is; repeatable"
         ),
     ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="PEFT LoRA adapter, merged into the checkpoint first")
+    ] = None,
     count: Annotated[int, typer.Option("--sequences", min=1, help="of calibration")] = 128,
     length: Annotated[int, typer.Option(min=2, help="tokens of a sequence")] = 512,
     seed: Annotated[int, typer.Option(help="which documents are taken")] = 0,
@@ -53,6 +58,11 @@ def compress(
         own, way, exceptions = _format(format), _mode(mode), dict(map(_exception, keep or []))
         tokens = sequences(text, Tokenizer(source), count, length, seed)
         where = device_of(device)
+        tuned = None if adapter is None else Adapter(adapter, ModelConfig.load(source))
+        if tuned is not None and tuned.unused:
+            _console.print(
+                f"the adapter changes more than text: {len(tuned.unused)} tensors unused"
+            )
         about: dict[str, object] = {
             "source": fingerprint(source),
             "format": format,
@@ -66,10 +76,10 @@ def compress(
         with Progress(*columns, console=_console) as bar:
             recipe = Recipe(own, way, exceptions)
             if sparsity is not None:
-                found = measure(source, tokens, where, _told(bar, "measuring"))
+                found = measure(source, tokens, where, _told(bar, "measuring"), tuned)
                 recipe = allotted(recipe, found, sparsity)
             outcomes = compress_checkpoint(
-                source, target, recipe, tokens, where, about, _told(bar, "compressing")
+                source, target, recipe, tokens, where, about, _told(bar, "compressing"), tuned
             )
     except (ConclaveError, OSError) as error:
         _console.print(f"[red]error:[/red] {error}", highlight=False)

@@ -30,6 +30,7 @@ from .calibration import Moments, Shares
 from .checkpoint import CheckpointWriter
 from .pruning import Mode, compress, output_error
 from .recipe import Recipe
+from .sources.adapter import Adapter
 
 BATCH = 4
 """Sequences that run at once."""
@@ -68,16 +69,20 @@ def compress_checkpoint(
     device: torch.device,
     about: dict[str, object],
     told: Told = lambda done, layers: None,
+    adapter: Adapter | None = None,
 ) -> list[Outcome]:
     """Compress the checkpoint in `source` into `target`, or go on where that was left.
 
     `tokens` is int64 [sequences, length] of calibration text. `about` tells where the result comes
-    from and goes into conclave.json, with what became of every weight. Raises CheckpointError, and
-    ConfigError for a weight that does not fit or a folder that holds something else.
+    from and goes into conclave.json, with what became of every weight. An `adapter` is merged into
+    the source first. Raises CheckpointError, and ConfigError for a weight that does not fit or a
+    folder that holds something else.
     """
     config = ModelConfig.load(source)
     outcomes: list[Outcome] = []
-    with CheckpointReader(source, config) as reader, torch.inference_mode():
+    if adapter is not None:
+        about = {**about, "adapter": adapter.about()}
+    with _reader(source, config, adapter) as reader, torch.inference_mode():
         writer = CheckpointWriter(target, source, _key(recipe, tokens, about))
         finished = writer.finished_layers()
         rest = _without_layers(config, reader)
@@ -103,11 +108,12 @@ def measure(
     tokens: Tensor,
     device: torch.device,
     told: Told = lambda done, layers: None,
+    adapter: Adapter | None = None,
 ) -> dict[str, Sensitivity]:
     """How much pruning harms each weight of the full checkpoint, by name; see `allocation`."""
     config = ModelConfig.load(source)
     found: dict[str, Sensitivity] = {}
-    with CheckpointReader(source, config) as reader, torch.inference_mode():
+    with _reader(source, config, adapter) as reader, torch.inference_mode():
         run = _Run(config, _without_layers(config, reader), tokens, device)
         for index in range(len(config.layers)):
             layer = _layer(index, config, reader, device)
@@ -120,6 +126,10 @@ def measure(
                 found[full] = _sensitivity_of(tensors[name], sums, counts).times(shares.of(name))
             told(index + 1, len(config.layers))
     return found
+
+
+def _reader(source: Path, config: ModelConfig, adapter: Adapter | None) -> CheckpointReader:
+    return CheckpointReader(source, config, None if adapter is None else adapter.change)
 
 
 def _sensitivity_of(weight: Tensor, sums: Tensor, counts: Tensor) -> Sensitivity:

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from conclave.worker import Engine
@@ -35,6 +37,23 @@ def test_compressed_and_run(text: Path, text_checkpoint: Path, tmp_path: Path) -
         assert len(engine.generate("hello", max_tokens=4, ignore_eos=True).token_ids) == 4
     again = run(text_checkpoint, made, "--text", text, *SMALL)
     assert again.exit_code == 1 and "finished checkpoint" in again.output
+
+
+def test_an_adapter_is_merged(text: Path, text_checkpoint: Path, tmp_path: Path) -> None:
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_dora": False}
+    tensors = {f"{module}.lora_A.weight": torch.ones(2, 64)}
+    tensors[f"{module}.lora_B.weight"] = torch.ones(64, 2)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    options = ("--text", text, *SMALL, "--adapter", tmp_path)
+    done = run(text_checkpoint, tmp_path / "made", *options, "--sparsity", "0.6")
+    assert done.exit_code == 0, done.output
+    about = json.loads((tmp_path / "made" / "conclave.json").read_text())["about"]
+    assert len(about["adapter"]["fingerprint"]) == 64
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"use_dora": True}))
+    refused = run(text_checkpoint, tmp_path / "other", *options)
+    assert refused.exit_code == 1 and "use_dora is set" in " ".join(refused.output.split())
 
 
 def test_sparse_on_average(text: Path, text_checkpoint: Path, tmp_path: Path) -> None:
