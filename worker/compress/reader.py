@@ -39,7 +39,7 @@ def check_settings(folder: Path) -> None:
         raise CheckpointError(f"{folder / MANIFEST} does not list config.json: copy it again")
     for name in COPIED:
         if name in manifest.files:
-            _check_file(folder / name, manifest.files[name])
+            check_file(folder / name, manifest.files[name])
 
 
 def load_compressed(
@@ -96,7 +96,7 @@ def read_weights(
 
     Plain ones stay where the file is mapped. Raises CheckpointError, see `load_compressed`.
     """
-    _check_file(path, record)
+    check_file(path, record)
     found: dict[str, Tensor | PackedWeight] = {}
     with _open(path) as file:
         headers = {name: _header(file, name) for name in file.keys()}
@@ -148,17 +148,18 @@ def _check_list(path: Path, manifest: Manifest, contents: Contents) -> None:
     contents.check_weights(manifest.weights, str(path))
 
 
-def _check_file(path: Path, record: FileRecord) -> None:
+def check_file(path: Path, record: FileRecord, told_by: str = MANIFEST) -> None:
+    """CheckpointError, which names the file, unless it is as `told_by` says."""
     try:
         size = path.stat().st_size
         if size != record.bytes:
             raise CheckpointError(
-                f"{path} has {size} bytes, not {record.bytes} as {MANIFEST} says: copy it again"
+                f"{path} has {size} bytes, not {record.bytes} as {told_by} says: copy it again"
             )
         if FileRecord.of(path) != record:
             raise CheckpointError(
-                f"{path} is not what was written: its sha256 is not that of {MANIFEST}; "
-                "copy it again, or compress again"
+                f"{path} is not what was written: its sha256 is not that of {told_by}; "
+                "copy it again, or make it again"
             )
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist: copy it again") from None
