@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import EngineConfig, WorkerConfig
     from .engine import Engine
+    from .knobs import Knobs
     from .requests.events import Made
     from .sampling import SamplingParams
 
-__all__ = ["Engine", "EngineConfig", "Made", "SamplingParams", "WorkerConfig"]
+__all__ = ["Engine", "EngineConfig", "Knobs", "Made", "SamplingParams", "WorkerConfig"]
 
 _HOMES = {
     "Engine": "engine",
     "EngineConfig": "config",
+    "Knobs": "knobs",
     "Made": "requests.events",
     "SamplingParams": "sampling",
     "WorkerConfig": "config",

@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from .errors import ConfigError
+from .knobs import Knobs
 
 FLEET_SECRET = "CONCLAVE_FLEET_SECRET"
 """Environment variable with the secret of a fleet; without it every fleet makes one of its own."""
@@ -36,7 +37,9 @@ class EngineConfig(BaseModel):
     """`auto` is float32 on the CPU and bfloat16 on a GPU."""
     weight_format: str | None = None
     """Format of the layers' large weights, such as `dense-int8-g64` or `5:16-int4-g64`, into which
-    loading packs them by magnitude alone; None leaves them as they are."""
+    loading packs them by magnitude alone; None leaves them to the knobs."""
+    knobs: Knobs = Knobs()
+    """How much of the model is kept, and what it may take; see docs/knobs.md."""
     max_context: int | None = Field(default=None, gt=0)
     """Longest prompt plus answer in tokens; None takes the model's own limit, at most 8192."""
     max_sequences: int = Field(default=64, gt=0)
@@ -62,8 +65,21 @@ class EngineConfig(BaseModel):
 
     @model_validator(mode="after")
     def _one_cache_size(self) -> "EngineConfig":
-        if self.kv_tokens is not None and self.kv_memory_gib is not None:
-            raise ValueError("give kv_tokens or kv_memory_gib, not both")
+        given = {
+            "kv_tokens": self.kv_tokens,
+            "kv_memory_gib": self.kv_memory_gib,
+            "knobs.memory_budget": self.knobs.memory_budget,
+        }
+        names = [name for name, value in given.items() if value is not None]
+        if len(names) > 1:
+            raise ValueError(f"{' and '.join(names)} both size the KV cache; give one, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _one_weight_format(self) -> "EngineConfig":
+        kept = self.knobs.sparsity is not None or self.knobs.weight_bits is not None
+        if self.weight_format is not None and kept:
+            raise ValueError("give weight_format or the knobs sparsity and weight_bits, not both")
         return self
 
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -12,14 +12,16 @@ import torch
 from ..kernels.errors import LayoutError
 from ..kernels.layouts import Format
 from .compress.manifest import MANIFEST, read_manifest
-from .compress.reader import check_settings, is_compressed, load_compressed
+from .compress.reader import check_settings, is_compressed, load_compressed, read_list
 from .config import EngineConfig
 from .errors import CheckpointError, ConfigError
 from .model.config import ModelConfig, cache_groups
 from .model.decoder import Decoder
-from .model.packed import pack_decoder, round_decoder
+from .model.packed import pack_decoder, packable, round_decoder
+from .model.storage import Storage, storage_of
 from .running.runner import ModelRunner
-from .scheduling.sizing import CachePlan, plan_cache
+from .scheduling.sizing import CachePlan, context_of, plan_cache
+from .scheduling.workspace import workspace
 from .text.tokenizer import Tokenizer
 from .weights import blank_decoder, load_decoder
 
@@ -43,6 +45,7 @@ class LoadedModel:
     runner: ModelRunner
     tokenizer: Tokenizer
     cache: CachePlan
+    storage: Storage
     windows: tuple[int | None, ...]
     """Sliding window of each cache group."""
     device: torch.device
@@ -65,17 +68,17 @@ def load_model(config: EngineConfig, progress: Progress | None = None) -> Loaded
 
     Raises:
         CheckpointError: the folder does not hold a Gemma 4 checkpoint that can be run.
-        ConfigError: the device is not there, the cache does not fit, or a compressed checkpoint
-            would be packed again.
+        ConfigError: the device is not there, weights or cache do not fit, a compressed checkpoint
+            would be packed again or is not as the knobs say.
     """
     folder = config.model
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give the path of a checkpoint")
-    format = _weight_format(config.weight_format)
     if is_compressed(folder):
-        if format is not None:
+        if config.weight_format is not None:
             raise ConfigError(
-                f"weight_format is {format}, but {folder} is compressed already: leave it out"
+                f"weight_format is {config.weight_format}, but {folder} is compressed already: "
+                "leave it out"
             )
         check_settings(folder)
     device = device_of(config.device)
@@ -88,21 +91,28 @@ def load_model(config: EngineConfig, progress: Progress | None = None) -> Loaded
             f"the tokenizer has {tokenizer.vocabulary_size} tokens, the model only "
             f"{model.vocab_size}: they do not belong together"
         )
+    blank = blank_decoder(model)
+    format = None if is_compressed(folder) else _weight_format(config)
+    formats = _formats(folder, model, blank, format)
+    storage = storage_of(blank, formats, dtype, packed=device.type != "cpu")
+    if is_compressed(folder):
+        _check_knobs(config, storage)
+    budget = _budget_left(config, model, storage, device, dtype)
     decoder = _decoder(folder, model, device, dtype, format, progress)
     groups = cache_groups(model)
-    plan = plan_cache(
-        config, groups, model.max_position_embeddings, dtype.itemsize, _free_memory(device)
-    )
+    memory = _free_memory(device) if budget is None else budget
+    plan = plan_cache(config, groups, model.max_position_embeddings, dtype.itemsize, memory)
     runner = ModelRunner(decoder, model, plan.blocks, config.block_size, device, dtype)
     return LoadedModel(
         config=model,
         runner=runner,
         tokenizer=tokenizer,
         cache=plan,
+        storage=storage,
         windows=tuple(group.window for group in groups),
         device=device,
         dtype=dtype,
-        parameters=sum(parameter.numel() for parameter in blank_decoder(model).parameters()),
+        parameters=sum(parameter.numel() for parameter in blank.parameters()),
         fingerprint=fingerprint(folder) + (f" {format}" if format else ""),
     )
 
@@ -184,16 +194,94 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def _weight_format(text: str | None) -> Format | None:
+def _weight_format(config: EngineConfig) -> Format | None:
+    """What loading packs a plain checkpoint into."""
+    text = config.weight_format or config.knobs.weight_format
     try:
         return None if text is None else Format.parse(text)
     except LayoutError as error:
         raise ConfigError(f"weight_format: {error}") from error
 
 
+def _formats(
+    folder: Path, model: ModelConfig, blank: Decoder, format: Format | None
+) -> Mapping[str, Format]:
+    """Of the weights that are compressed on the disk, or will be on loading, by name."""
+    if is_compressed(folder):
+        manifest, _ = read_list(folder, model)
+        return {name: Format.parse(own.format) for name, own in manifest.weights.items()}
+    names = (name for names in packable(blank).values() for name in names)
+    return {} if format is None else dict.fromkeys(names, format)
+
+
+def _check_knobs(config: EngineConfig, storage: Storage) -> None:
+    """ConfigError if a compressed checkpoint is not what the knobs would make of its original."""
+    if missed := config.knobs.misses(storage.precision):
+        raise ConfigError(
+            f"{config.model} is compressed in another way than the knobs ask: {'; '.join(missed)}. "
+            "Leave these knobs out, or make such a checkpoint of its original with "
+            "`conclave compress`"
+        )
+
+
+def _budget_left(
+    config: EngineConfig,
+    model: ModelConfig,
+    storage: Storage,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> int | None:
+    """Bytes of `memory_budget` beside weights and workspace; None without one.
+
+    Raises ConfigError, before anything is loaded, if nothing is left.
+    """
+    budget = config.knobs.budget(_memory(device))
+    if budget is None:
+        return None
+    context = context_of(config, model.max_position_embeddings)
+    step = workspace(config, model, context, dtype.itemsize, storage.expanded)
+    asked = f"knobs.memory_budget is {_gib(budget)}, but"
+    # A host gives the memory of its file cache away when it is asked for.
+    if device.type == "cuda" and budget > _available(device):
+        raise ConfigError(
+            f"{asked} {device} has {_gib(_available(device))} free; lower it, or end what else "
+            "runs there"
+        )
+    if storage.bytes >= budget:
+        smaller = "make them smaller (the knobs weight_bits and sparsity, or `conclave compress`)"
+        remedy = smaller if device.type != "cpu" else "take a smaller model: a CPU unpacks weights"
+        raise ConfigError(
+            f"{asked} the weights alone take {_gib(storage.bytes)}; raise it, or {remedy}"
+        )
+    if storage.bytes + step >= budget:
+        raise ConfigError(
+            f"{asked} weights take {_gib(storage.bytes)} and one step up to {_gib(step)}; raise "
+            "it, or lower max_step_tokens, max_sequences or max_context"
+        )
+    return budget - storage.bytes - step
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.3g} GiB"
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes that the device has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _available(device: torch.device) -> int:
+    """Bytes that are free now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def _free_memory(device: torch.device) -> int:
     """Bytes that the KV cache may take by default."""
+    free = _available(device)
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * _GPU_SHARE)
-    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(int(pages * _CPU_SHARE), _CPU_LIMIT)
+        return int(free * _GPU_SHARE)
+    return min(int(free * _CPU_SHARE), _CPU_LIMIT)

@@ -37,14 +37,12 @@ def plan_cache(
         groups: the model's cache groups.
         model_context: `max_position_embeddings`.
         dtype_size: bytes of one cached number.
-        memory: bytes that the cache may use.
+        memory: bytes that the cache may use, of a budget if there is one.
 
     Raises:
         ConfigError: the context is longer than the model's, or the cache too small to hold it.
     """
-    context = config.max_context or min(model_context, _DEFAULT_CONTEXT)
-    if context > model_context:
-        raise ConfigError(f"max_context {context} is over the model's limit of {model_context}")
+    context = context_of(config, model_context)
     size = config.block_size
     block_bytes = [group.bytes_per_token(dtype_size) * size for group in groups]
     least = [_blocks_of_one(group, context, config) for group in groups]
@@ -59,14 +57,24 @@ def plan_cache(
         if config.kv_memory_gib is not None:
             memory = int(config.kv_memory_gib * 2**30)
         blocks = _share(memory, block_bytes, wanted)
+    budgeted = config.knobs.memory_budget is not None
+    remedy = "knobs.memory_budget" if budgeted else "kv_tokens or kv_memory_gib"
     for have, need in zip(blocks, least, strict=True):
         if have < need:
             raise ConfigError(
                 f"the KV cache has room for {have * size} tokens, but max_context {context} needs "
-                f"{need * size}; raise kv_tokens or kv_memory_gib, or lower max_context"
+                f"{need * size}; raise {remedy}, or lower max_context"
             )
     total = sum(count * each for count, each in zip(blocks, block_bytes, strict=True))
     return CachePlan(context, tuple(blocks), total)
+
+
+def context_of(config: EngineConfig, model_context: int) -> int:
+    """The longest prompt plus answer in tokens; ConfigError if that is more than the model's."""
+    context = config.max_context or min(model_context, _DEFAULT_CONTEXT)
+    if context > model_context:
+        raise ConfigError(f"max_context {context} is over the model's limit of {model_context}")
+    return context
 
 
 def _blocks_of_one(group: CacheGroup, context: int, config: EngineConfig) -> int:

@@ -6,8 +6,9 @@ import pytest
 
 from conclave.worker.config import EngineConfig
 from conclave.worker.errors import ConfigError
-from conclave.worker.model.config import CacheGroup
+from conclave.worker.model.config import CacheGroup, ModelConfig
 from conclave.worker.scheduling.sizing import plan_cache
+from conclave.worker.scheduling.workspace import workspace
 
 FULL = CacheGroup(window=None, layers=(1,), values_per_token=256)
 SLIDING = CacheGroup(window=128, layers=(0,), values_per_token=1024)
@@ -52,3 +53,23 @@ def test_context_beyond_the_model_is_refused() -> None:
 def test_two_sizes_are_one_too_many() -> None:
     with pytest.raises(ValueError, match="not both"):
         config(kv_tokens=512, kv_memory_gib=1.0)
+
+
+def test_a_budget_that_is_too_small_names_itself() -> None:
+    with pytest.raises(ConfigError, match=r"raise knobs.memory_budget, or lower max_context"):
+        plan_cache(config(knobs={"memory_budget": 1}), (FULL, SLIDING), 4096, 2, 100_000)
+
+
+def test_a_step_takes_more_the_more_runs_in_it() -> None:
+    model = ModelConfig.parse({"model_type": "gemma4_text", "num_hidden_layers": 6})
+    usual = config(max_sequences=16, max_step_tokens=512)
+
+    def size(settings: EngineConfig = usual, context: int = 8192, expanded: int = 0) -> int:
+        return workspace(settings, model, context, 2, expanded)
+
+    # 512 scored tokens over 262,144 words, twice as many bytes a logit as float32 and bfloat16.
+    assert size(context=512) > 512 * 262_144 * 12
+    assert size(expanded=1000) == size() + 1000
+    assert size(context=131_072) > size()
+    assert size(config(max_sequences=256, max_step_tokens=512)) > size()
+    assert size(config(max_sequences=16, max_step_tokens=2048)) > 3 * size()

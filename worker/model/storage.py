@@ -1,0 +1,64 @@
+"""What a decoder's weights take and what is left of them, told before any memory is."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ...kernels.errors import LayoutError
+from ...kernels.formats import SPAN, Format, packed_bytes
+from ..errors import ConfigError
+from ..precision import Precision
+from .decoder import Decoder
+from .packed import packable
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """The weights of one model on its device."""
+
+    bytes: int
+    expanded: int
+    """Bytes of the largest packed matrix when it is written out dense, as for long prompts."""
+    precision: Precision
+
+
+def storage_of(
+    decoder: Decoder, formats: Mapping[str, Format], dtype: torch.dtype, packed: bool
+) -> Storage:
+    """How the weights of a decoder, which may be a blank one, are stored.
+
+    Args:
+        decoder: tells their names and shapes.
+        formats: of those that are compressed, by name.
+        dtype: of all others.
+        packed: whether the compressed ones stay so, or are unpacked into `dtype`.
+
+    Raises:
+        ConfigError: a format does not fit its weight.
+    """
+    layers = [names for module, names in packable(decoder).items() if module.startswith("layers.")]
+    large = {name for names in layers for name in names}
+    plain_bits = 8 * dtype.itemsize
+    size = expanded = weights = large_bytes = 0
+    pruned, fewest = 0.0, plain_bits
+    for name, tensor in (*decoder.named_parameters(), *decoder.named_buffers()):
+        format, dense = formats.get(name), tensor.numel() * dtype.itemsize
+        own = dense if format is None or not packed else _packed(name, tensor.shape, format)
+        size += own
+        if format is not None and packed and tensor.dim() == 2:
+            expanded = max(expanded, dense)
+        if name in large:
+            weights += tensor.numel()
+            large_bytes += own
+            pruned += 0 if format is None else tensor.numel() * (1 - format.kept / SPAN)
+            fewest = min(fewest, plain_bits if format is None else format.bits)
+    return Storage(size, expanded, Precision(pruned / weights, fewest, 8 * large_bytes / weights))
+
+
+def _packed(name: str, shape: torch.Size, format: Format) -> int:
+    experts = shape[0] if len(shape) == 3 else 1
+    try:
+        return packed_bytes(format, shape[-2], shape[-1], experts)
+    except LayoutError as error:
+        raise ConfigError(f"{name} cannot be stored as {format}: {error}") from error

@@ -1,0 +1,57 @@
+"""What one step takes beside weights and cache: an upper bound by shapes, made for a budget.
+
+The worst step fills `max_step_tokens`, with `max_sequences` at `max_context`. What an allocator
+cannot give back because it is in pieces is not in it, nor what the device's driver takes.
+"""
+
+from ..config import EngineConfig
+from ..model.config import LayerConfig, ModelConfig
+
+_LOGIT_BYTES = 16
+"""Of a scored token for each word: the product in the model's dtype, logits as float32, soft-capped
+ones, log-probabilities."""
+_DRAW_BYTES = 64
+"""The same of a drawn token: logits, sorted values and ids twice, probabilities, sums."""
+
+
+def workspace(
+    config: EngineConfig, model: ModelConfig, context: int, dtype_size: int, expanded: int
+) -> int:
+    """Bytes of the worst step.
+
+    Args:
+        config: says how much runs in one.
+        model: its shape.
+        context: the longest, in tokens.
+        dtype_size: bytes of one number of the model's dtype.
+        expanded: bytes of scratch memory for a weight written out dense.
+    """
+    tokens, rows = config.max_step_tokens, min(config.max_sequences, config.max_step_tokens)
+    through = tokens * max(_layer(model, layer, dtype_size) for layer in model.layers)
+    attention = max(_attention(layer, tokens, rows, context, dtype_size) for layer in model.layers)
+    masks = 3 * dtype_size * max(tokens, rows) * context
+    words = max(_LOGIT_BYTES * tokens, _DRAW_BYTES * rows) * model.vocab_size
+    additions = 4 * tokens * len(model.layers) * model.per_layer_input_size * dtype_size
+    # Layers, then the head: what one has taken is free for the other.
+    return expanded + additions + masks + max(through + attention, words)
+
+
+def _layer(model: ModelConfig, layer: LayerConfig, dtype_size: int) -> int:
+    """Of one token in one layer: residuals and norms, in part as float32; queries, keys, values
+    before and after their rotation; gate, up and their product."""
+    heads = (layer.heads + 2 * layer.kv_heads) * layer.head_dim
+    inner = 4 * layer.intermediate_size
+    if layer.experts is not None:
+        each = 4 * layer.experts.intermediate_size + 3 * model.hidden_size
+        inner += layer.experts.active * each
+    return (8 * model.hidden_size + 4 * heads + inner) * dtype_size + 8 * model.hidden_size
+
+
+def _attention(layer: LayerConfig, tokens: int, rows: int, context: int, dtype_size: int) -> int:
+    """Of one layer: copies of the keys and values that are read. Decoding rows are padded to the
+    longest; a prompt's chunk has all its heads' keys and scores."""
+    most = context if layer.window is None else min(context, layer.window + tokens)
+    seen = context if layer.window is None else min(context, layer.window)
+    decoding = rows * seen * 2 * layer.kv_heads * layer.head_dim * dtype_size
+    copied = most * 2 * (layer.heads + layer.kv_heads) * layer.head_dim * dtype_size
+    return max(decoding, copied + 2 * layer.heads * tokens * most * 4)
