@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +25,9 @@ from .layerwise import Told, compress_checkpoint, measure
 from .pruning import MODES, Mode
 from .recipe import Recipe, allotted
 from .sources.adapter import Adapter
+from .sources.like import Like
 
+FORMAT = "5:16-int4-g64"
 _console = Console(stderr=True)
 
 
@@ -32,7 +35,9 @@ def compress(
     source: Annotated[Path, typer.Argument(help="checkpoint folder")],
     target: Annotated[Path, typer.Argument(help="folder for the compressed one")],
     text: Annotated[Path, typer.Option(help="calibration text: .jsonl with `text`, or plain")],
-    format: Annotated[str, typer.Option(help="of every large weight")] = "5:16-int4-g64",
+    format: Annotated[
+        str | None, typer.Option(help="of every large weight", show_default=FORMAT)
+    ] = None,
     sparsity: Annotated[
         float | None,
         typer.Option(help="on average; N of N:16 is then measured for each weight (reads twice)"),
@@ -43,6 +48,10 @@ def compress(
         typer.Option(
             help="PATTERN=FORMAT, or PATTERN alone to leave a weight as it is; repeatable"
         ),
+    ] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(help="compressed checkpoint whose formats and surviving weights are taken"),
     ] = None,
     adapter: Annotated[
         Path | None, typer.Option(help="PEFT LoRA adapter, merged into the checkpoint first")
@@ -55,7 +64,12 @@ def compress(
 ) -> None:
     """Compress a Gemma 4 checkpoint layer by layer; run it again to go on after an interruption."""
     try:
-        own, way, exceptions = _format(format), _mode(mode), dict(map(_exception, keep or []))
+        way = _mode(mode)
+        recipe = Recipe(_format(format or FORMAT), way, dict(map(_exception, keep or [])))
+        taken = {"--format": format, "--sparsity": sparsity, "--keep": keep}
+        pattern = None if like is None else _pattern(like, source, taken)
+        if pattern is not None:
+            recipe = pattern.recipe(way)
         tokens = sequences(text, Tokenizer(source), count, length, seed)
         where = device_of(device)
         tuned = None if adapter is None else Adapter(adapter, ModelConfig.load(source))
@@ -65,7 +79,7 @@ def compress(
             )
         about: dict[str, object] = {
             "source": fingerprint(source),
-            "format": format,
+            "format": str(recipe.format),
             "mode": mode,
             "keep": keep or [],
             "sparsity": sparsity,
@@ -74,12 +88,12 @@ def compress(
         }
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=_console) as bar:
-            recipe = Recipe(own, way, exceptions)
             if sparsity is not None:
                 found = measure(source, tokens, where, _told(bar, "measuring"), tuned)
                 recipe = allotted(recipe, found, sparsity)
+            told = _told(bar, "compressing")
             outcomes = compress_checkpoint(
-                source, target, recipe, tokens, where, about, _told(bar, "compressing"), tuned
+                source, target, recipe, tokens, where, about, told, tuned, pattern
             )
     except (ConclaveError, OSError) as error:
         _console.print(f"[red]error:[/red] {error}", highlight=False)
@@ -97,6 +111,15 @@ def compress(
 def _told(bar: Progress, what: str) -> Told:
     task = bar.add_task(what, total=None)
     return lambda done, layers: bar.update(task, completed=done, total=layers)
+
+
+def _pattern(folder: Path, source: Path, options: Mapping[str, object]) -> Like:
+    """What --like names; the options that it stands for must not be given."""
+    if given := [name for name, value in options.items() if value is not None]:
+        raise ConfigError(
+            f"--like takes formats and maps from {folder}: leave {' and '.join(given)} out"
+        )
+    return Like(folder, ModelConfig.load(source))
 
 
 def _format(text: str) -> Format:

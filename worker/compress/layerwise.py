@@ -31,6 +31,7 @@ from .checkpoint import CheckpointWriter
 from .pruning import Mode, compress, output_error
 from .recipe import Recipe
 from .sources.adapter import Adapter
+from .sources.like import Like
 
 BATCH = 4
 """Sequences that run at once."""
@@ -70,18 +71,22 @@ def compress_checkpoint(
     about: dict[str, object],
     told: Told = lambda done, layers: None,
     adapter: Adapter | None = None,
+    like: Like | None = None,
 ) -> list[Outcome]:
     """Compress the checkpoint in `source` into `target`, or go on where that was left.
 
     `tokens` is int64 [sequences, length] of calibration text. `about` tells where the result comes
     from and goes into conclave.json, with what became of every weight. An `adapter` is merged into
-    the source first. Raises CheckpointError, and ConfigError for a weight that does not fit or a
-    folder that holds something else.
+    the source first. If the recipe is that of a `like`, the same weights survive as there. Raises
+    CheckpointError, and ConfigError for a weight that does not fit or a folder that holds something
+    else.
     """
     config = ModelConfig.load(source)
     outcomes: list[Outcome] = []
     if adapter is not None:
         about = {**about, "adapter": adapter.about()}
+    if like is not None:
+        about = {**about, "like": like.fingerprint}
     with _reader(source, config, adapter) as reader, torch.inference_mode():
         writer = CheckpointWriter(target, source, _key(recipe, tokens, about))
         finished = writer.finished_layers()
@@ -92,7 +97,8 @@ def compress_checkpoint(
             with Moments(layer) as moments:
                 run.through(index, layer, keep=False)
             made = _stored_weights(writer, index) if index in finished else {}
-            packed = _compress_layer(index, layer, recipe, moments, made, outcomes)
+            maps = {} if like is None or index in finished else like.maps(index)
+            packed = _compress_layer(index, layer, recipe, moments, made, maps, outcomes)
             if index not in finished:
                 writer.write_layer(index, _for_file(index, layer, packed, reader.dtype))
             run.through(index, layer, keep=True)
@@ -211,11 +217,13 @@ def _compress_layer(
     recipe: Recipe,
     moments: Moments,
     made: dict[str, PackedWeight],
+    maps: dict[str, Tensor],
     outcomes: list[Outcome],
 ) -> dict[str, PackedWeight]:
     """Compress the weights of a layer that are not `made`; the layer then has what is left of them.
 
-    Returns all of them, and adds what became of them to `outcomes`.
+    `maps` tell of some which weights survive. Returns all of them, and adds what became of them to
+    `outcomes`.
     """
     _check_pairs(index, recipe)
     tensors, packed = model_tensors(layer), {}
@@ -227,7 +235,9 @@ def _compress_layer(
             continue
         weight, sums = packed_order(name, tensors[name]), moments.sums[name]
         try:
-            own = made.get(name) or _compress_weight(weight, format, recipe.mode, sums, counts)
+            own = made.get(name) or _compress_weight(
+                weight, format, recipe.mode, sums, counts, maps.get(name)
+            )
         except (LayoutError, ConfigError) as fault:
             raise ConfigError(
                 f"{full} cannot be stored as {format}: {fault}; leave it as it is (--keep), or "
@@ -254,14 +264,22 @@ def _check_pairs(index: int, recipe: Recipe) -> None:
 
 
 def _compress_weight(
-    weight: Tensor, format: Format, mode: Mode, sums: Tensor, counts: Tensor
+    weight: Tensor,
+    format: Format,
+    mode: Mode,
+    sums: Tensor,
+    counts: Tensor,
+    mask: Tensor | None,
 ) -> PackedWeight:
     """One weight [R, K], or each of a stack of experts [E, R, K]."""
+    mask = None if mask is None else mask.to(weight.device)
     if weight.dim() == 2:
-        return compress(weight, sums, format, mode)
+        return compress(weight, sums, format, mode, mask)
+    modes = [mode if count >= LEAST_INPUTS else "magnitude" for count in counts.tolist()]
+    masks = [None] * len(weight) if mask is None else mask
     singles = [
-        compress(own, moment, format, mode if count >= LEAST_INPUTS else "magnitude")
-        for own, moment, count in zip(weight, sums, counts.tolist(), strict=True)
+        compress(own, moment, format, way, kept)
+        for own, moment, way, kept in zip(weight, sums, modes, masks, strict=True)
     ]
     fields = singles[0].tensors()
     stacked = {field: torch.stack([one.tensors()[field] for one in singles]) for field in fields}

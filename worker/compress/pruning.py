@@ -27,20 +27,25 @@ _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 """Shares of the largest weight that a scale may reach to: clipping a few makes the rest finer."""
 
 
-def compress(weight: Tensor, moments: Tensor, format: Format, mode: Mode) -> PackedWeight:
+def compress(
+    weight: Tensor, moments: Tensor, format: Format, mode: Mode, mask: Tensor | None = None
+) -> PackedWeight:
     """`weight` [R, K] in `format`; `moments` [K, K] of its inputs, which "magnitude" ignores.
 
-    Raises ConfigError for moments that are not finite, and LayoutError as `pack` does.
+    A `mask` (bool [R, K]) tells who survives; only values are then chosen by `mode`. Raises
+    ConfigError for moments that are not finite, and LayoutError as `pack` does.
     """
     if mode == "magnitude":
-        return pack(weight, format)
+        return pack(weight, format, mask=mask)
     moments = moments.float()
     if not bool(moments.isfinite().all()):
         raise ConfigError("the calibration's activations overflow float32; use other text")
     if mode == "wanda":
-        strength = weight.float().abs() * moments.diagonal().sqrt()
-        return pack(weight, format, mask=strongest(strength, format.kept))
-    values, mask, scales = _sweep(weight, moments, format)
+        if mask is None:
+            strength = weight.float().abs() * moments.diagonal().sqrt()
+            mask = strongest(strength, format.kept)
+        return pack(weight, format, mask=mask)
+    values, mask, scales = _sweep(weight, moments, format, mask)
     return pack(values, format, mask=mask, scales=scales)
 
 
@@ -60,25 +65,33 @@ def output_error(weight: Tensor, changed: Tensor, moments: Tensor) -> float:
     return float(((off @ moments) * off).sum() / base)
 
 
-def _sweep(weight: Tensor, moments: Tensor, format: Format) -> tuple[Tensor, Tensor, Tensor | None]:
-    """SparseGPT with rounding: values [R, K], mask [R, K], scales [K / group, R] or None."""
+def _sweep(
+    weight: Tensor, moments: Tensor, format: Format, fixed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """SparseGPT with rounding: values [R, K], mask [R, K], scales [K / group, R] or None.
+
+    The mask is the `fixed` one if there is one.
+    """
     work = weight.float().clone()
     factor = _inverse_factor(moments)
     columns, width = work.shape[1], format.group or 8 * SPAN
-    mask = torch.empty(work.shape, dtype=torch.bool, device=work.device)
+    mask = torch.empty(work.shape, dtype=torch.bool, device=work.device) if fixed is None else fixed
     values, scales = torch.empty_like(work), []
     for begin in range(0, columns, width):
         end = min(begin + width, columns)
         own, block = factor[begin:end, begin:end], work[:, begin:end].clone()
         errors, scale = torch.empty_like(block), None
         if format.group:
-            likely = strongest(_harm(block, own), format.kept)
+            likely = mask[:, begin:end]
+            if fixed is None:
+                likely = strongest(_harm(block, own), format.kept)
             scale = _best_scale(torch.where(likely, block, 0.0), format.bits)
             scales.append(scale)
         for first in range(0, end - begin, SPAN):
             span = slice(first, first + SPAN)
-            chosen = strongest(_harm(block[:, span], own[span, span]), format.kept)
-            mask[:, begin + first : begin + first + SPAN] = chosen
+            chosen = mask[:, begin + first : begin + first + SPAN]
+            if fixed is None:
+                chosen.copy_(strongest(_harm(block[:, span], own[span, span]), format.kept))
             for column in range(first, first + SPAN):
                 kept = _round(block[:, column], scale, format.bits) * chosen[:, column - first]
                 values[:, begin + column] = kept

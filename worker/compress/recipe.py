@@ -14,11 +14,12 @@ from .pruning import Mode
 class Recipe:
     """How each weight is to be stored."""
 
-    format: Format
+    format: Format | None
+    """Of what is no exception; None leaves it as it is."""
     mode: Mode
     exceptions: dict[str, Format | None] = field(default_factory=dict)
-    """Formats of weights whose whole name fits a pattern, such as `layers.0.*`; None leaves one as
-    it is. The last that fits counts."""
+    """Formats of weights whose whole name fits a pattern, such as `layers.0.*`; the last that fits
+    counts."""
 
     def of(self, name: str) -> Format | None:
         """The format of a weight, such as `layers.3.attention.qkv.weight`."""
@@ -31,9 +32,10 @@ def allotted(recipe: Recipe, found: Mapping[str, Sensitivity], sparsity: float) 
 
     Raises ConfigError if its format is dense or the average is out of reach.
     """
-    if recipe.format.dense:
-        raise ConfigError(f"--sparsity needs a format N:16, not {recipe.format}")
-    own = {name: each for name, each in found.items() if recipe.of(name) == recipe.format}
+    format = recipe.format
+    if format is None or format.dense:
+        raise ConfigError(f"--sparsity needs a format N:16, not {format}")
+    own = {name: each for name, each in found.items() if recipe.of(name) == format}
     chosen = allot(own, sparsity)
-    formats = {name: replace(recipe.format, kept=kept) for name, kept in chosen.items()}
+    formats = {name: replace(format, kept=kept) for name, kept in chosen.items()}
     return replace(recipe, exceptions={**recipe.exceptions, **formats})

@@ -56,6 +56,20 @@ def test_an_adapter_is_merged(text: Path, text_checkpoint: Path, tmp_path: Path)
     assert refused.exit_code == 1 and "use_dora is set" in " ".join(refused.output.split())
 
 
+def test_in_the_pattern_of_another(text: Path, text_checkpoint: Path, tmp_path: Path) -> None:
+    other, made = tmp_path / "other", tmp_path / "made"
+    assert run(text_checkpoint, other, "--text", text, *SMALL).exit_code == 0
+    options = ("--text", text, *SMALL[:-2], "--like", other)
+    done = run(text_checkpoint, made, *options, "--mode", "magnitude")
+    assert done.exit_code == 0, done.output
+    theirs, ours = (json.loads((each / "conclave.json").read_text()) for each in (other, made))
+    assert ours["weights"] == theirs["weights"] and len(ours["about"]["like"]) == 64
+    for option in (("--format", "5:16-bf16"), ("--sparsity", "0.6"), ("--keep", "layers.0.*")):
+        refused = run(text_checkpoint, tmp_path / "no", *options, *option)
+        assert refused.exit_code == 1
+        assert f"leave {option[0]} out" in " ".join(refused.output.split())
+
+
 def test_sparse_on_average(text: Path, text_checkpoint: Path, tmp_path: Path) -> None:
     options = ("--text", text, *SMALL, "--sparsity", "0.65", "--json")
     done = run(text_checkpoint, tmp_path / "made", *options)
