@@ -1,0 +1,1 @@
+"""To and from the checkpoints that others read: Hugging Face folders, plain or pack-quantized."""
