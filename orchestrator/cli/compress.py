@@ -1,4 +1,4 @@
-"""`conclave compress` and `evaluate`: the worker's own commands, as no model is known here."""
+"""`conclave compress`, `evaluate`, `export`, `import`: the worker's own, no model is known here."""
 
 import os
 import sys
@@ -14,6 +14,16 @@ def compress(context: typer.Context) -> None:
 def evaluate(context: typer.Context) -> None:
     """Tell what compression did to a model's predictions, by language."""
     _hand_over("evaluate", context)
+
+
+def export(context: typer.Context) -> None:
+    """Write a compressed checkpoint as one that stock Hugging Face loaders read."""
+    _hand_over("export", context)
+
+
+def import_(context: typer.Context) -> None:
+    """Take a quantized Hugging Face checkpoint over as a compressed one."""
+    _hand_over("import", context)
 
 
 def _hand_over(command: str, context: typer.Context) -> None:

@@ -1,4 +1,4 @@
-"""`conclave compress SRC DST` and, beside it, `conclave evaluate`."""
+"""`conclave compress SRC DST` and, beside it, `conclave evaluate`, `export` and `import`."""
 
 import json
 import sys
@@ -21,6 +21,7 @@ from ..model.config import ModelConfig
 from ..text.tokenizer import Tokenizer
 from .calibration import sequences
 from .evaluate import evaluate
+from .interchange.command import export, import_
 from .layerwise import Told, compress_checkpoint, measure
 from .pruning import MODES, Mode
 from .recipe import Recipe, allotted
@@ -144,6 +145,8 @@ def _exception(text: str) -> tuple[str, Format | None]:
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.command()(compress)
 app.command()(evaluate)
+app.command()(export)
+app.command("import")(import_)
 
 if __name__ == "__main__":
     app(prog_name="conclave")

@@ -166,7 +166,8 @@ def _refuse_unsupported(fields: Fields) -> None:
     """Refuses what would be computed wrongly, rather than ignoring it."""
     if fields.values.get("quantization_config") is not None:
         raise CheckpointError(
-            "config.json: quantization_config is set; use the unquantized checkpoint"
+            "config.json: quantization_config is set; `conclave import` it first, or use the "
+            "unquantized checkpoint"
         )
     if fields.flag("attention_bias", False):
         raise fields.error("attention_bias", "must be false")
