@@ -71,7 +71,7 @@ class GatewayScoreRequest(_message.Message):
     def __init__(self, request: _Optional[_Union[_generation_pb2.ScoreRequest, _Mapping]] = ..., selector: _Optional[_Union[_ensemble_pb2.WorkerSelector, _Mapping]] = ..., handling: _Optional[_Union[Handling, _Mapping]] = ...) -> None: ...
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("name", "state", "address", "model", "labels", "incarnation", "device", "open_requests", "served_requests", "restarts", "reason", "process", "outstanding_tokens", "tokens_per_second", "broken")
+    __slots__ = ("name", "state", "address", "model", "labels", "incarnation", "device", "open_requests", "served_requests", "restarts", "reason", "process", "outstanding_tokens", "tokens_per_second", "broken", "precision")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -94,6 +94,7 @@ class WorkerInfo(_message.Message):
     OUTSTANDING_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     BROKEN_FIELD_NUMBER: _ClassVar[int]
+    PRECISION_FIELD_NUMBER: _ClassVar[int]
     name: str
     state: WorkerState
     address: str
@@ -109,7 +110,8 @@ class WorkerInfo(_message.Message):
     outstanding_tokens: int
     tokens_per_second: float
     broken: bool
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[WorkerState, str]] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., incarnation: _Optional[str] = ..., device: _Optional[str] = ..., open_requests: _Optional[int] = ..., served_requests: _Optional[int] = ..., restarts: _Optional[int] = ..., reason: _Optional[str] = ..., process: _Optional[int] = ..., outstanding_tokens: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., broken: _Optional[bool] = ...) -> None: ...
+    precision: _generation_pb2.Precision
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[WorkerState, str]] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., incarnation: _Optional[str] = ..., device: _Optional[str] = ..., open_requests: _Optional[int] = ..., served_requests: _Optional[int] = ..., restarts: _Optional[int] = ..., reason: _Optional[str] = ..., process: _Optional[int] = ..., outstanding_tokens: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., broken: _Optional[bool] = ..., precision: _Optional[_Union[_generation_pb2.Precision, _Mapping]] = ...) -> None: ...
 
 class ListWorkersRequest(_message.Message):
     __slots__ = ("selector",)

@@ -107,18 +107,38 @@ class SamplingParams(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., seed: _Optional[int] = ..., n: _Optional[int] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., include_stop: _Optional[bool] = ..., skip_special_tokens: _Optional[bool] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "prompt", "sampling", "whole", "made")
+    __slots__ = ("request_id", "prompt", "sampling", "whole", "made", "knobs")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     WHOLE_FIELD_NUMBER: _ClassVar[int]
     MADE_FIELD_NUMBER: _ClassVar[int]
+    KNOBS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt: Prompt
     sampling: SamplingParams
     whole: bool
     made: _containers.RepeatedCompositeFieldContainer[Made]
-    def __init__(self, request_id: _Optional[str] = ..., prompt: _Optional[_Union[Prompt, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., whole: _Optional[bool] = ..., made: _Optional[_Iterable[_Union[Made, _Mapping]]] = ...) -> None: ...
+    knobs: Knobs
+    def __init__(self, request_id: _Optional[str] = ..., prompt: _Optional[_Union[Prompt, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., whole: _Optional[bool] = ..., made: _Optional[_Iterable[_Union[Made, _Mapping]]] = ..., knobs: _Optional[_Union[Knobs, _Mapping]] = ...) -> None: ...
+
+class Knobs(_message.Message):
+    __slots__ = ("sparsity", "weight_bits")
+    SPARSITY_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_BITS_FIELD_NUMBER: _ClassVar[int]
+    sparsity: float
+    weight_bits: int
+    def __init__(self, sparsity: _Optional[float] = ..., weight_bits: _Optional[int] = ...) -> None: ...
+
+class Precision(_message.Message):
+    __slots__ = ("sparsity", "weight_bits", "bits_per_weight")
+    SPARSITY_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_BITS_FIELD_NUMBER: _ClassVar[int]
+    BITS_PER_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    sparsity: float
+    weight_bits: int
+    bits_per_weight: float
+    def __init__(self, sparsity: _Optional[float] = ..., weight_bits: _Optional[int] = ..., bits_per_weight: _Optional[float] = ...) -> None: ...
 
 class Made(_message.Message):
     __slots__ = ("ids", "ended")

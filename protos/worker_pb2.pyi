@@ -124,7 +124,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("worker", "model", "labels", "incarnation", "conclave_version", "device", "dtype", "parameters", "vocab_size", "max_context", "max_sequences", "max_logprobs", "max_outputs", "model_fingerprint", "tokenizer_fingerprint", "has_chat_template")
+    __slots__ = ("worker", "model", "labels", "incarnation", "conclave_version", "device", "dtype", "parameters", "vocab_size", "max_context", "max_sequences", "max_logprobs", "max_outputs", "model_fingerprint", "tokenizer_fingerprint", "has_chat_template", "precision")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -148,6 +148,7 @@ class DescribeResponse(_message.Message):
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     HAS_CHAT_TEMPLATE_FIELD_NUMBER: _ClassVar[int]
+    PRECISION_FIELD_NUMBER: _ClassVar[int]
     worker: str
     model: str
     labels: _containers.ScalarMap[str, str]
@@ -164,7 +165,8 @@ class DescribeResponse(_message.Message):
     model_fingerprint: str
     tokenizer_fingerprint: str
     has_chat_template: bool
-    def __init__(self, worker: _Optional[str] = ..., model: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., incarnation: _Optional[str] = ..., conclave_version: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., parameters: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_context: _Optional[int] = ..., max_sequences: _Optional[int] = ..., max_logprobs: _Optional[int] = ..., max_outputs: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ..., has_chat_template: _Optional[bool] = ...) -> None: ...
+    precision: _generation_pb2.Precision
+    def __init__(self, worker: _Optional[str] = ..., model: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., incarnation: _Optional[str] = ..., conclave_version: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., parameters: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_context: _Optional[int] = ..., max_sequences: _Optional[int] = ..., max_logprobs: _Optional[int] = ..., max_outputs: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ..., has_chat_template: _Optional[bool] = ..., precision: _Optional[_Union[_generation_pb2.Precision, _Mapping]] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("grace_seconds",)

@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "worker": {"protos", "kernels"},
     "orchestrator": {"protos", "worker"},
 }
-WORKER_FACE = {"actor", "config", "draws", "errors"}
+WORKER_FACE = {"actor", "config", "draws", "errors", "knobs", "precision"}
 """What the orchestrator may know of a worker."""
 DOORS = {
     "triton": ["kernels/"],

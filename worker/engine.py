@@ -57,7 +57,10 @@ class Engine:
         self.config = config
         self.model = load_model(config, progress)
         self._loop = EngineLoop(self.model, config, self._gone)
-        limits = Limits.of(config, self.model.vocabulary, self.model.cache.max_context)
+        model = self.model
+        limits = Limits.of(
+            config, model.vocabulary, model.cache.max_context, model.storage.precision
+        )
         self.intake = Intake(self.model.tokenizer, limits)
         self.load: Load = self._loop.state()
         """State after the last step; safe to read from any thread."""

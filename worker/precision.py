@@ -19,4 +19,4 @@ class Precision:
     where packed weights are unpacked, that is as much as without compression."""
 
     def __str__(self) -> str:
-        return f"{self.weight_bits} bits, {self.sparsity:.1%} pruned"
+        return f"{self.weight_bits}-bit values, {self.sparsity:.1%} pruned"

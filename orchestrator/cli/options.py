@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from ...worker.errors import InvalidRequest
+from ...worker.knobs import Knobs
 from ..client import DEFAULT_ADDRESS, DEFAULT_TIMEOUT, Select
 
 Address = Annotated[str, typer.Option(envvar="CONCLAVE_ADDRESS", help="host:port of the gateway")]
@@ -31,12 +32,17 @@ Labels = Annotated[
     list[str] | None,
     typer.Option("--label", help="KEY=VALUE, only workers so labelled; repeatable"),
 ]
+KnobText = Annotated[
+    str | None,
+    typer.Option("--knobs", help="the least its weights must be, such as weight_bits=8,sparsity=0"),
+]
 
 __all__ = [
     "DEFAULT_ADDRESS",
     "DEFAULT_TIMEOUT",
     "Address",
     "AsJson",
+    "KnobText",
     "Labels",
     "Model",
     "Names",
@@ -45,6 +51,7 @@ __all__ = [
     "TlsCert",
     "TlsKey",
     "Token",
+    "knobs",
     "pairs",
     "selection",
 ]
@@ -55,6 +62,11 @@ def selection(names: list[str] | None, model: str, labels: list[str] | None) -> 
     if not names and not model and not labels:
         return None
     return Select(names or (), model, pairs("label", labels))
+
+
+def knobs(text: str | None) -> Knobs | None:
+    """`weight_bits=8,sparsity=0` as knobs. Raises InvalidRequest naming what is wrong."""
+    return None if text is None else Knobs.checked(pairs("knobs", text.split(",")))
 
 
 def pairs(option: str, texts: list[str] | None) -> dict[str, str]:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ...worker.precision import Precision
 from ..client import Ensemble
 from ..routing.registry import WorkerState
 
@@ -34,7 +35,10 @@ def state_text(state: WorkerState) -> str:
 def worker_table(workers: Iterable[Any]) -> Table:
     """Workers as rows; takes the gateway's own records as well as the client's."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("worker", "state", "model", "device", "address", "open", "served", "restarts"):
+    for column in (
+        *("worker", "state", "model", "device", "weights", "address"),
+        *("open", "served", "restarts"),
+    ):
         table.add_column(column, no_wrap=True, overflow="fold")
     table.add_column("reason")
     for worker in workers:
@@ -43,6 +47,7 @@ def worker_table(workers: Iterable[Any]) -> Table:
             state_text(worker.state),
             worker.model,
             worker.device,
+            weights_text(worker.precision),
             worker.address,
             str(worker.open_requests),
             str(worker.served_requests),
@@ -50,6 +55,13 @@ def worker_table(workers: Iterable[Any]) -> Table:
             escape(worker.reason),
         )
     return table
+
+
+def weights_text(precision: Precision | None) -> str:
+    """What is left of a worker's weights, and what one takes."""
+    if precision is None:
+        return ""
+    return f"{precision}, {precision.bits_per_weight:.3g} bits a weight"
 
 
 def member_table(ensemble: Ensemble) -> Table:

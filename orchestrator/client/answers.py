@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...protos import gateway_pb2, generation_pb2
+from ...worker.precision import Precision
+from ..precision import precision_of
 from ..routing.registry import WorkerState
 from ..status import error_of_event
 from .reports import Ensemble, ensemble_of
@@ -153,6 +155,8 @@ class WorkerStatus:
     tokens_per_second: float
     broken: bool
     """Left alone for a while after failures in a row."""
+    precision: Precision | None
+    """What is left of its weights; None until it has said so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +263,7 @@ def workers_of(response: gateway_pb2.ListWorkersResponse) -> tuple[WorkerStatus,
             outstanding_tokens=info.outstanding_tokens,
             tokens_per_second=info.tokens_per_second,
             broken=info.broken,
+            precision=precision_of(info),
         )
         for info in response.workers
     )

@@ -9,6 +9,7 @@ from google.protobuf import json_format
 from ...protos import ensemble_pb2, gateway_pb2, generation_pb2
 from ...protos.ensemble_pb2 import EnsembleSpec
 from ...worker.errors import InvalidRequest, Violation
+from ...worker.knobs import Knobs
 
 
 class Sampling(TypedDict, total=False):
@@ -86,6 +87,8 @@ class Options(Sampling, total=False):
     """Tool declarations, each a JSON object in the OpenAI form; with `messages`."""
     select: Select
     """Which workers may answer; any by default."""
+    knobs: Knobs | Mapping[str, object]
+    """The least that their weights must be: `weight_bits` or more, `sparsity` or less."""
     timeout: float | None
     """Seconds until DeadlineExceeded; None waits for ever. Default: the client's."""
     request_id: str
@@ -155,7 +158,17 @@ def generate_request(prompt: Prompt | None, options: Options) -> generation_pb2.
         request_id=options.get("request_id", ""),
         prompt=prompt_message(_one_prompt(prompt, options)),
         sampling=sampling_message(options),
+        knobs=knobs_message(options.get("knobs")),
     )
+
+
+def knobs_message(knobs: Knobs | Mapping[str, object] | None) -> generation_pb2.Knobs | None:
+    """The message for what weights must be. Raises InvalidRequest with every knob at fault."""
+    if knobs is None:
+        return None
+    given = knobs.model_dump() if isinstance(knobs, Knobs) else knobs
+    checked = Knobs.checked(given)
+    return generation_pb2.Knobs(sparsity=checked.sparsity, weight_bits=checked.weight_bits)
 
 
 def sampling_message(options: Options) -> generation_pb2.SamplingParams:

@@ -137,7 +137,8 @@ def _selector(member: ensemble_pb2.Member, default: Selector) -> Selector:
     if not member.HasField("selector"):
         return default
     chosen = member.selector
-    return Selector(frozenset(chosen.names), chosen.model, dict(chosen.labels))
+    labels = dict(chosen.labels)
+    return Selector(frozenset(chosen.names), chosen.model, labels, knobs=default.knobs)
 
 
 def _check_limits(message: EnsembleSpec, found: _Violations) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from ...worker.errors import DeadlineExceeded, Overloaded, Unavailable
 from ..config import GatewayConfig
 from ..routing.registry import Registry, Worker, WorkerState
-from ..routing.router import Wish, candidates, choose, turn
+from ..routing.router import Wish, WorkerNotFound, candidates, choose, turn
 from ..status import Failure
 
 DEFAULT_PRIORITY = 4
@@ -137,7 +137,12 @@ class Admission:
                 self._waiters.remove(waiter)
                 waiter.placed.set_exception(self._refusal("no time is left to answer it"))
                 continue
-            worker = self._choose(waiter.ask)
+            try:
+                worker = self._choose(waiter.ask)
+            except WorkerNotFound as error:  # who was still to say what it runs has said so
+                self._waiters.remove(waiter)
+                waiter.placed.set_exception(error)
+                continue
             if worker is not None:
                 self._waiters.remove(waiter)
                 waiter.placed.set_result(self._take(waiter.ask, worker))

@@ -5,10 +5,12 @@ import random
 import secrets
 from array import array
 from collections.abc import Callable
+from dataclasses import replace
 
 from ...protos import ensemble_pb2, gateway_pb2
 from ...protos.generation_pb2 import GenerateRequest, Prompt, ScoreRequest
 from ...worker.errors import InvalidRequest
+from ...worker.knobs import Knobs
 from ..routing.prefix import BLOCK_BYTES
 from ..routing.router import ANY, Selector, Wish
 from .admission import DEFAULT_PRIORITY, Ask
@@ -35,7 +37,7 @@ def open_ask(envelope: Enveloped, remaining: Callable[[], float | None]) -> Ask:
         remaining: seconds until the deadline.
 
     Raises:
-        InvalidRequest: the request is missing, or the priority unknown.
+        InvalidRequest: the request is missing, or the priority or a knob unknown.
     """
     if not envelope.HasField("request"):
         raise InvalidRequest.of("request", "is missing")
@@ -43,6 +45,8 @@ def open_ask(envelope: Enveloped, remaining: Callable[[], float | None]) -> Ask:
     if not request.request_id:
         request.request_id = f"{_process}-{next(_numbers)}"
     selector = selector_of(envelope.selector) if envelope.HasField("selector") else ANY
+    if isinstance(request, GenerateRequest) and request.HasField("knobs"):
+        selector = replace(selector, knobs=_knobs_of(request))
     ask = size(request, Ask(Wish(selector, draw=random.random()), remaining))
     if envelope.HasField("handling"):
         _handle(ask, envelope.handling)
@@ -72,6 +76,10 @@ def most_prompt_tokens(prompt: Prompt) -> int:
 def selector_of(message: ensemble_pb2.WorkerSelector) -> Selector:
     """A selector from its message."""
     return Selector(frozenset(message.names), message.model, dict(message.labels))
+
+
+def _knobs_of(request: GenerateRequest) -> Knobs:
+    return Knobs.checked({field.name: value for field, value in request.knobs.ListFields()})
 
 
 def _handle(ask: Ask, handling: gateway_pb2.Handling) -> None:

@@ -16,6 +16,7 @@ from ...protos import gateway_pb2_grpc, worker_pb2
 from ...worker.errors import ConfigError
 from ..config import GatewayConfig
 from ..lines.connection import Connection, Patience, channel_options
+from ..precision import precision_of
 from ..routing.registry import About, Beat, Registry, Worker, WorkerState
 from ..security.certificates import server_credentials
 from ..security.interceptor import interceptors
@@ -147,6 +148,7 @@ class Gateway:
                 weights=about.model_fingerprint,
                 tokenizer=about.tokenizer_fingerprint,
                 max_sequences=about.max_sequences,
+                precision=precision_of(about),
             )
             self.registry.described(connection.name, said)
             self.registry.serving(connection.name)

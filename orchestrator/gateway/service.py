@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from ...protos import gateway_pb2, gateway_pb2_grpc, generation_pb2
 from ...worker.errors import ConclaveError
+from ..precision import precision_message
 from ..routing.registry import Registry, Worker, WorkerState
 from ..routing.router import ANY
 from ..status import Context, Failure, abort
@@ -126,6 +127,7 @@ def _info(worker: Worker) -> gateway_pb2.WorkerInfo:
         outstanding_tokens=worker.outstanding_tokens,
         tokens_per_second=worker.tokens_per_second,
         broken=worker.breaker.open,
+        precision=precision_message(worker.precision),
     )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+from ...worker.precision import Precision
 from .breaker import Breaker
 
 SPEED_SHARE = 0.3
@@ -49,6 +50,8 @@ class Worker:
     """Fingerprint of its checkpoint: workers with the same one give the same tokens."""
     tokenizer: str = ""
     """Fingerprint of its tokenizer."""
+    precision: Precision | None = None
+    """What is left of its weights; None until the present process has said so."""
     max_sequences: int = 0
     """Sequences that it runs at once; 0 if it has not said."""
     open_requests: int = 0
@@ -109,6 +112,7 @@ class About:
     weights: str = ""
     tokenizer: str = ""
     max_sequences: int = 0
+    precision: Precision | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +153,7 @@ class Registry:
         if worker.incarnation:
             worker.restarts += 1
         worker.address, worker.incarnation, worker.process = address, incarnation, process
-        worker.lost, worker.breaker = False, Breaker()
+        worker.lost, worker.breaker, worker.precision = False, Breaker(), None
         worker.foreign_tokens, worker.speed, worker.tokens_per_second = 0, 0.0, 0.0
         self._move(worker, WorkerState.STARTING, "waiting for its health")
         return True
@@ -159,7 +163,7 @@ class Registry:
         worker = self.workers[name]
         worker.model, worker.device, worker.labels = about.model, about.device, about.labels
         worker.weights, worker.tokenizer = about.weights, about.tokenizer
-        worker.max_sequences = about.max_sequences
+        worker.max_sequences, worker.precision = about.max_sequences, about.precision
 
     def beat(self, name: str, beat: Beat) -> None:
         """The worker has said how busy it is."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ...worker.errors import ConclaveError
+from ...worker.knobs import Knobs
 from .prefix import NOTHING, Known
 from .registry import Worker, WorkerState
 
@@ -36,9 +37,15 @@ class Selector:
     names: frozenset[str] = frozenset()
     model: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
+    knobs: Knobs | None = None
+    """The least that its weights must be."""
 
     def matches(self, worker: Worker) -> bool:
         """Whether the worker may answer."""
+        return self.means(worker) and (self.knobs is None or _will_do(worker, self.knobs))
+
+    def means(self, worker: Worker) -> bool:
+        """Whether name, model and labels fit, whatever its weights."""
         if self.names and worker.name not in self.names:
             return False
         if self.model and worker.model != self.model:
@@ -49,6 +56,7 @@ class Selector:
         parts = [f"names {', '.join(sorted(self.names))}"] if self.names else []
         parts += [f"model {self.model}"] if self.model else []
         parts += [f"label {key}={value}" for key, value in sorted(self.labels.items())]
+        parts += [f"knobs {self.knobs}"] if self.knobs is not None else []
         return "; ".join(parts) or "any worker"
 
 
@@ -57,10 +65,21 @@ ANY = Selector()
 
 def matching(workers: Iterable[Worker], selector: Selector) -> list[Worker]:
     """Every known worker that fits. Raises WorkerNotFound if there is none."""
-    found = [worker for worker in workers if selector is ANY or selector.matches(worker)]
+    known = list(workers)
+    found = [worker for worker in known if selector is ANY or selector.matches(worker)]
     if not found:
-        raise WorkerNotFound(f"the fleet has no worker for: {selector}; see ListWorkers")
+        near = [worker for worker in known if selector.means(worker)]
+        there = "; ".join(f"{worker.name}: {worker.precision}" for worker in near[:8])
+        lacking = f" (there are {there})" if there else ""
+        raise WorkerNotFound(f"the fleet has no worker for: {selector}{lacking}; see ListWorkers")
     return found
+
+
+def _will_do(worker: Worker, knobs: Knobs) -> bool:
+    """Whether its weights are so much; one that has yet to say what it runs may turn out so."""
+    if worker.precision is None:
+        return worker.state is not WorkerState.SERVING
+    return not knobs.limits_broken(worker.precision)
 
 
 Turn = tuple[str, int]

@@ -191,6 +191,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.labels: dict[str, str] = {}
         self.weights = name
         self.max_sequences = 0
+        self.precision: generation_pb2.Precision | None = None
         self.load = worker_pb2.GetLoadResponse()
         self.silent = False
         self.script = Scripts.answer()
@@ -257,6 +258,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             model_fingerprint=self.weights,
             tokenizer_fingerprint="tokenizer",
             max_sequences=self.max_sequences,
+            precision=self.precision,
         )
 
     async def WatchLoad(self, request: Any, context: Any) -> Any:

@@ -7,9 +7,11 @@ import pytest
 
 from conclave.orchestrator.config import GatewayConfig
 from conclave.orchestrator.gateway.admission import Admission, Ask
-from conclave.orchestrator.routing.registry import Registry, Worker, WorkerState
-from conclave.orchestrator.routing.router import Selector, Wish
+from conclave.orchestrator.routing.registry import About, Registry, Worker, WorkerState
+from conclave.orchestrator.routing.router import Selector, Wish, WorkerNotFound
+from conclave.worker import Knobs
 from conclave.worker.errors import DeadlineExceeded, Overloaded, Unavailable
+from conclave.worker.precision import Precision
 
 
 def fleet(room: int = 1, **settings: Any) -> tuple[Registry, Worker, Admission]:
@@ -151,6 +153,25 @@ def test_another_selector_does_not_wait_behind_the_queue() -> None:
         await asyncio.sleep(0)
         assert await admission.place(Ask(Wish(Selector(frozenset("b"))), lambda: None)) is other
         waiting.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_who_turns_out_not_to_fit_is_no_reason_to_wait_on() -> None:
+    async def scenario() -> None:
+        registry, worker, admission = fleet()
+        worker.state = WorkerState.STARTING
+        selector = Selector(knobs=Knobs(weight_bits=8))
+        asks = [Ask(Wish(selector), lambda: None), ask()]
+        waiting = [asyncio.create_task(admission.place(each)) for each in asks]
+        await asyncio.sleep(0)
+        about = About("m", "cpu", {}, max_sequences=1, precision=Precision(0.5, 4, 2.3))
+        registry.described("a", about)
+        registry.serving("a")
+        admission.changed()
+        with pytest.raises(WorkerNotFound, match=r"a: 4-bit values, 50.0% pruned"):
+            await waiting[0]
+        assert await waiting[1] is worker
 
     asyncio.run(scenario())
 

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from conclave.orchestrator.cli import app
 from conclave.orchestrator.cli.demo import shipped_fleet
+from conclave.protos.generation_pb2 import Knobs, Precision
 
 runner = CliRunner()
 
@@ -39,6 +40,29 @@ def test_every_sampling_option_arrives(live: Any) -> None:
     assert sent == {field.name for field in sampling.DESCRIPTOR.fields}
     assert list(sampling.stop) == ["a", "b"] and sampling.logit_bias[3] == -1.5
     assert sampling.skip_special_tokens is False
+
+
+def test_knobs(live: Any) -> None:
+    words = ("generate", "hi", "--address", live.address, "--knobs")
+    refused = " ".join(invoke(*words, "weight_bits=8,sparsity=0", code=1).stderr.split())
+    assert "no worker for: knobs sparsity at most 0, weight_bits at least 8" in refused
+    precision = Precision(sparsity=0.25, weight_bits=8, bits_per_weight=6.5)
+    live.rig.workers[1].precision = precision
+    live.call(live.rig.workers[1].set_serving(False))
+    live.call(live.rig.workers[1].set_serving(True))
+    registry = live.rig.gateway.registry
+    live.until(lambda: registry.workers["w1"].precision is not None)
+    for _ in range(2):
+        invoke(*words, "weight_bits=8")
+    assert [len(worker.asked) for worker in live.rig.workers] == [0, 2]
+    assert live.rig.workers[1].asked[0].knobs == Knobs(weight_bits=8)
+    shown = invoke("workers", "--address", live.address).stdout
+    assert "8-bit values, 25.0% pruned, 6.5 bits a weight" in shown
+    listed = json.loads(invoke("workers", "--json", "--address", live.address).stdout)
+    assert [each["precision"] for each in listed] == [
+        None,
+        {"sparsity": 0.25, "weight_bits": 8, "bits_per_weight": 6.5},
+    ]
 
 
 def test_chat(live: Any) -> None:
@@ -76,6 +100,10 @@ def test_tables(live: Any) -> None:
         (["generate", "hi", "--logit-bias", "x"], 2, "--logit-bias"),
         (["generate", "hi", "--label", "x"], 2, "--label: 'x' is not of the form KEY=VALUE"),
         (["generate", "hi", "--thinking"], 2, "need `messages`"),
+        (["generate", "hi", "--knobs", "bits=8"], 2, "knobs.bits: is unknown; a request may have"),
+        (["generate", "hi", "--knobs", "weight_bits=5"], 2, "choose one of 4, 8, 16"),
+        (["generate", "hi", "--knobs", "weight_bits"], 2, "of the form KEY=VALUE"),
+        (["generate", "hi", "--knobs", "memory_budget=4"], 2, "a worker's: set it in its"),
         (["generate", "hi", "--stream", "--n", "2"], 2, "--stream"),
     ],
 )

@@ -24,6 +24,7 @@ from conclave.orchestrator.client.answers import Collector
 from conclave.orchestrator.client.requests import generate_request, sampling_message
 from conclave.orchestrator.status import Failure, error_of_event, error_of_status
 from conclave.protos import generation_pb2 as pb
+from conclave.worker import Knobs
 from conclave.worker.errors import ConclaveError, Overloaded, Violation
 
 
@@ -41,6 +42,9 @@ def test_only_given_fields_are_sent() -> None:
         ({"top_k": -1}, "sampling.top_k"),
         ({"stop": 3}, "sampling.stop"),
         ({"thinking": True}, "prompt"),
+        ({"knobs": {"weight_bits": 3}}, "knobs.weight_bits"),
+        ({"knobs": {"max_error": 0.01}}, "knobs.max_error"),
+        ({"knobs": Knobs(memory_budget=1)}, "knobs.memory_budget"),
         ({"messages": [Message("user", "hi")]}, "prompt"),
     ],
 )
@@ -48,6 +52,13 @@ def test_what_cannot_be_asked_names_its_field(options: Any, field: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         generate_request("hello", options)
     assert [violation.field for violation in caught.value.violations] == [field]
+
+
+def test_knobs_are_sent_as_given() -> None:
+    assert not generate_request("hello", {}).HasField("knobs")
+    sent = generate_request("hello", {"knobs": {"sparsity": 0}}).knobs
+    assert sent.HasField("sparsity") and not sent.HasField("weight_bits")
+    assert generate_request("hello", {"knobs": Knobs(weight_bits=8)}).knobs.weight_bits == 8
 
 
 def test_prompts_in_three_forms() -> None:

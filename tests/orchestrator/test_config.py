@@ -1,8 +1,10 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from conclave.orchestrator.config import FleetConfig, FleetConfigError
+from conclave.worker import Knobs
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE: dict[str, object] = {"name": "a", "engine": {"model": "m"}}
@@ -33,6 +35,14 @@ def test_specs_carry_everything_a_worker_needs() -> None:
     assert spec.detached
 
 
+def test_knobs_of_an_engine() -> None:
+    plain = parse(ONE).specs()[0]
+    text = "workers: [{name: a, engine: {model: m, knobs: {sparsity: 0.5, memory_budget: 60%}}}]"
+    (spec,) = FleetConfig.parse(yaml.safe_load(text), source="fleet.yaml").specs()
+    assert spec.config.engine.knobs == Knobs(sparsity=0.5, memory_budget="60%")
+    assert plain.config.engine.knobs == Knobs() and plain.version != spec.version
+
+
 def test_model_paths_start_beside_the_file(tmp_path: Path) -> None:
     path = tmp_path / "fleet.yaml"
     path.write_text("workers: [{name: a, engine: {model: x/y}}, {name: b, engine: {model: /z}}]")
@@ -46,6 +56,21 @@ def test_model_paths_start_beside_the_file(tmp_path: Path) -> None:
         ([ONE | {"replica": 3}], {}, r"workers\[0\].replica: unknown key; did you mean `replicas`"),
         ([{"name": "a"}], {}, r"workers\[0\].engine: is missing"),
         ([ONE | {"engine": {"model": "m", "treads": 1}}], {}, "did you mean `threads`"),
+        (
+            [ONE | {"engine": {"model": "m", "knobs": {"max_error": 0.01}}}],
+            {},
+            r"knobs.max_error: unknown key; known here: sparsity, weight_bits, memory_budget",
+        ),
+        (
+            [ONE | {"engine": {"model": "m", "knobs": {"memory_budget": "8 GB"}}}],
+            {},
+            r"engine.knobs.memory_budget: give GiB, such as 12.5, or a share .* \(given: '8 GB'\)",
+        ),
+        (
+            [ONE | {"engine": {"model": "m", "kv_tokens": 9, "knobs": {"memory_budget": 8}}}],
+            {},
+            r"engine: kv_tokens and knobs.memory_budget both size the KV cache",
+        ),
         ([ONE | {"name": "a b"}], {}, r"workers\[0\].name: .*'a b'"),
         ([ONE | {"resources": {"num_gpus": "many"}}], {}, r"resources.num_gpus.*'many'"),
         ([ONE, ONE], {}, "given twice: a"),

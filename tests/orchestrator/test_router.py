@@ -2,6 +2,8 @@ import pytest
 
 from conclave.orchestrator.routing.registry import Worker, WorkerState
 from conclave.orchestrator.routing.router import ANY, Selector, Wish, WorkerNotFound, choose, turn
+from conclave.worker import Knobs
+from conclave.worker.precision import Precision
 
 
 def worker(
@@ -39,6 +41,31 @@ def test_conditions_hold_at_once() -> None:
     assert chosen(workers, Selector(labels={"tier": "y"})) == "b"
     assert chosen(workers, Selector(model="n", labels={"tier": "y"})) == "c"
     assert chosen(workers, Selector(names=frozenset({"a", "c"}), model="n")) == "c"
+
+
+def test_knobs_are_the_least_that_weights_must_be() -> None:
+    pruned, small, full = (worker(name) for name in ("pruned", "small", "full"))
+    pruned.precision = Precision(0.6875, 4, 2.75)
+    small.precision = Precision(0, 8, 8.25)
+    full.precision, full.open_tokens = Precision(0, 16, 16), 99
+    workers = [pruned, small, full]
+    assert chosen(workers, Selector(knobs=Knobs(sparsity=0.7))) == "pruned"
+    assert chosen(workers, Selector(knobs=Knobs(sparsity=0.0))) == "small"
+    assert chosen(workers, Selector(knobs=Knobs(weight_bits=8))) == "small"
+    assert chosen(workers, Selector(knobs=Knobs(weight_bits=16))) == "full"
+    with pytest.raises(WorkerNotFound) as caught:
+        chosen(workers, Selector(frozenset({"pruned"}), knobs=Knobs(sparsity=0, weight_bits=8)))
+    assert str(caught.value) == (
+        "the fleet has no worker for: names pruned; knobs sparsity at most 0, weight_bits at least "
+        "8 (there are pruned: 4-bit values, 68.8% pruned); see ListWorkers"
+    )
+
+
+def test_who_has_not_said_what_it_runs_may_turn_out_to_fit() -> None:
+    asked = Selector(knobs=Knobs(weight_bits=8))
+    assert chosen([worker("a", state=WorkerState.STARTING)], asked) is None
+    with pytest.raises(WorkerNotFound):
+        chosen([worker("a")], asked)  # it serves, and will not say
 
 
 def test_nobody_known_fits() -> None:

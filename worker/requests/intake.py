@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Items
 
 from ..errors import InvalidRequest, Violation
+from ..knobs import Knobs
 from ..sampling import SamplingParams
 from ..text.tokenizer import Tokenizer
 from .answer_text import AnswerText
@@ -19,6 +20,9 @@ Message = Mapping[str, object]
 """A chat turn such as {"role": "user", "content": "..."}."""
 Prompt = str | Items[int] | Items[Message]
 """Text, token ids, or chat turns."""
+
+ANY_WEIGHTS = Knobs()
+"""Asks nothing of a model's weights."""
 
 
 class Intake:
@@ -62,6 +66,7 @@ class Intake:
         deadline: float | None = None,
         whole: bool = False,
         made: Items[Made] = (),
+        knobs: Knobs = ANY_WEIGHTS,
     ) -> Request:
         """A request for answers.
 
@@ -73,12 +78,13 @@ class Intake:
             deadline: on the clock of time.monotonic().
             whole: keep all events until the end.
             made: what the outputs have already, by output index.
+            knobs: the least that the weights must be.
 
         Raises:
             InvalidRequest: with every field at fault.
         """
         sampling = self._sampling(fields)
-        self._check(prompt, sampling)
+        self._check(prompt, sampling, knobs.limits_broken(self.limits.precision))
         # What is made of output 0 went out behind the prompt's tokens.
         told = bool(made) and bool(made[0].ids or made[0].ended)
         return self._request(
@@ -103,11 +109,12 @@ class Intake:
         made: Items[Made] = (),
         request_id: str = "",
         deadline: float | None = None,
+        knobs: Knobs = ANY_WEIGHTS,
     ) -> Request:
         """A request for one answer that its caller steps.
 
         Args:
-            prompt, fields, sink, made, request_id, deadline: see `generation`.
+            prompt, fields, sink, made, request_id, deadline, knobs: see `generation`.
             candidates: how many of the likeliest next tokens each response tells.
             generate: tokens to choose right after the prompt.
 
@@ -115,7 +122,8 @@ class Intake:
             InvalidRequest: with every field at fault.
         """
         sampling = self._sampling(fields)
-        self._check(prompt, sampling, step_violations(sampling, made))
+        broken = knobs.limits_broken(self.limits.precision)
+        self._check(prompt, sampling, [*step_violations(sampling, made), *broken])
         self.check_step((), generate, "open")
         if not 0 <= candidates <= self.limits.vocabulary:
             raise InvalidRequest.of(

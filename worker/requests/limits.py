@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from ..config import EngineConfig
 from ..errors import Violation
+from ..precision import Precision
 from ..sampling import SamplingParams
 from .events import Made
 
@@ -17,11 +18,14 @@ class Limits:
     max_context: int
     max_logprobs: int
     max_outputs: int
+    precision: Precision
 
     @classmethod
-    def of(cls, config: EngineConfig, vocabulary: int, max_context: int) -> "Limits":
+    def of(
+        cls, config: EngineConfig, vocabulary: int, max_context: int, precision: Precision
+    ) -> "Limits":
         """Limits of an engine."""
-        return cls(vocabulary, max_context, config.max_logprobs, config.max_outputs)
+        return cls(vocabulary, max_context, config.max_logprobs, config.max_outputs, precision)
 
     def outside(self, ids: Items[int]) -> str | None:
         """What is wrong with ids of which one is outside the vocabulary."""

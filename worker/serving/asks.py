@@ -73,6 +73,7 @@ class Asks:
         self._check_open()
         message.request_id = message.request_id or new_id()
         fields, made = wire.sampling_fields(message.sampling), wire.made(message)
+        knobs = wire.knobs(message)
         ids = await self._prompt_ids(message.prompt, "prompt")
 
         def generation(sink: Sink) -> Request:
@@ -84,6 +85,7 @@ class Asks:
                 deadline=deadline,
                 whole=message.whole,
                 made=made,
+                knobs=knobs,
             )
 
         return lambda sink: _off_loop_if(_is_long(made), generation, sink)
@@ -93,6 +95,7 @@ class Asks:
         self._check_open()
         asked = message.request
         fields, made = wire.sampling_fields(asked.sampling), wire.made(asked)
+        knobs = wire.knobs(asked)
         ids = await self._prompt_ids(asked.prompt, "prompt")
 
         def stepping(sink: Sink) -> Request:
@@ -105,6 +108,7 @@ class Asks:
                 made=made,
                 request_id=asked.request_id,
                 deadline=deadline,
+                knobs=knobs,
             )
 
         return lambda sink: _off_loop_if(_is_long(made), stepping, sink)

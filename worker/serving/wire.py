@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import grpc
@@ -20,7 +21,9 @@ from ..errors import (
     Unauthenticated,
     Unavailable,
 )
+from ..knobs import Knobs
 from ..load import Load
+from ..precision import Precision
 from ..requests import events
 from ..requests.completion import Completion, Score
 from ..requests.intake import Intake
@@ -79,6 +82,16 @@ def sampling_fields(sampling: pb.SamplingParams) -> dict[str, object]:
         else:
             fields[descriptor.name] = dict(value) if hasattr(value, "items") else tuple(value)
     return fields
+
+
+def knobs(message: pb.GenerateRequest) -> Knobs:
+    """The least that the weights must be. Raises InvalidRequest."""
+    return Knobs.checked({field.name: value for field, value in message.knobs.ListFields()})
+
+
+def precision(found: Precision) -> pb.Precision:
+    """What is left of the weights, as a message."""
+    return pb.Precision(**asdict(found))
 
 
 def made(message: pb.GenerateRequest) -> tuple[events.Made, ...]:

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -14,6 +15,9 @@ from grpc_status import rpc_status
 
 from conclave.protos import generation_pb2 as pb
 from conclave.protos import worker_pb2
+from conclave.protos.worker_pb2_grpc import WorkerServiceStub
+from conclave.worker import EngineConfig, Knobs, WorkerConfig
+from conclave.worker.serving.server import WorkerServer
 
 IDS = pb.Prompt(token_ids=pb.TokenIds(ids=[20, 21, 22]))
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -124,12 +128,53 @@ def test_describe_and_load(worker: Any) -> None:
     assert about.worker == "alice" and about.labels == {"tier": "test"}
     assert about.vocab_size == 512 and about.max_context == 200 and about.has_chat_template
     assert len(about.model_fingerprint) == len(about.tokenizer_fingerprint) == 64
+    assert about.precision == pb.Precision(sparsity=0, weight_bits=32, bits_per_weight=32)
     call = worker.stub.Generate(endless())
     next(call)
     load = worker.stub.GetLoad(worker_pb2.GetLoadRequest())
     assert load.running_sequences == 1 and load.outstanding_tokens > 0
     assert load.pools[0].used > 0 and [pool.window for pool in load.pools] == [0, 8]
     call.cancel()
+
+
+def test_weights_that_are_less_than_asked_refuse(text_checkpoint: Path) -> None:
+    engine = EngineConfig(
+        model=text_checkpoint,
+        knobs=Knobs(sparsity=0.5),
+        max_context=200,
+        kv_tokens=4096,
+        block_size=4,
+        threads=1,
+    )
+    server = WorkerServer(WorkerConfig(name="sparse", engine=engine))
+    asked = ask(max_tokens=2, n=99)
+    asked.knobs.CopyFrom(pb.Knobs(sparsity=0.25, weight_bits=4))
+    fits = ask(max_tokens=2)
+    fits.knobs.CopyFrom(pb.Knobs(sparsity=0.5, weight_bits=16))
+    unknown = ask(max_tokens=2)
+    unknown.knobs.weight_bits = 5
+    with grpc.insecure_channel(server.address) as channel:
+        stub = WorkerServiceStub(channel)
+        about = stub.Describe(worker_pb2.DescribeRequest())
+        assert about.precision == pb.Precision(sparsity=0.5, weight_bits=16, bits_per_weight=32)
+        assert about.model_fingerprint.endswith(" 8:16-bf16")
+        calls: list[Callable[[pb.GenerateRequest], object]] = [
+            stub.Complete,
+            lambda request: list(stub.Generate(request)),
+            lambda request: list(
+                stub.Step(iter([worker_pb2.StepRequest(open=worker_pb2.StepOpen(request=request))]))
+            ),
+        ]
+        for call in calls:
+            with pytest.raises(grpc.RpcError) as caught:
+                call(unknown)
+            assert violations(caught.value) == ["knobs.weight_bits"]
+            with pytest.raises(grpc.RpcError) as caught:
+                call(asked)
+            assert "knobs.sparsity" in violations(caught.value)
+        assert {"knobs.sparsity", "sampling.n"} == set(violations(caught.value))
+        assert stub.Complete(fits).usage.completion_tokens
+    server.stop()
 
 
 def test_score(worker: Any) -> None:
