@@ -69,7 +69,7 @@ def matching(workers: Iterable[Worker], selector: Selector) -> list[Worker]:
     found = [worker for worker in known if selector is ANY or selector.matches(worker)]
     if not found:
         near = [worker for worker in known if selector.means(worker)]
-        there = "; ".join(f"{worker.name}: {worker.precision}" for worker in near[:8])
+        there = "; ".join(f"{worker.name}: {worker.precision or 'unknown'}" for worker in near[:8])
         lacking = f" (there are {there})" if there else ""
         raise WorkerNotFound(f"the fleet has no worker for: {selector}{lacking}; see ListWorkers")
     return found

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
@@ -16,6 +17,7 @@ from rich.table import Table
 from ...kernels.errors import LayoutError
 from ...kernels.formats import Format
 from ..errors import ConclaveError, ConfigError
+from ..knobs import Knobs
 from ..loading import device_of, fingerprint
 from ..model.config import ModelConfig
 from ..text.tokenizer import Tokenizer
@@ -43,6 +45,10 @@ def compress(
         float | None,
         typer.Option(help="on average; N of N:16 is then measured for each weight (reads twice)"),
     ] = None,
+    weight_bits: Annotated[
+        int | None,
+        typer.Option(help="of a value: 4, 8 or 16, instead of --format; all are kept by default"),
+    ] = None,
     mode: Annotated[str, typer.Option(help=", ".join(MODES))] = "sparsegpt",
     keep: Annotated[
         list[str] | None,
@@ -65,9 +71,10 @@ def compress(
 ) -> None:
     """Compress a Gemma 4 checkpoint layer by layer; run it again to go on after an interruption."""
     try:
-        way = _mode(mode)
-        recipe = Recipe(_format(format or FORMAT), way, dict(map(_exception, keep or [])))
-        taken = {"--format": format, "--sparsity": sparsity, "--keep": keep}
+        way, knobs = _mode(mode), _knobs(sparsity, weight_bits)
+        recipe = _recipe(format, knobs, way, dict(map(_exception, keep or [])))
+        options = ("--format", "--sparsity", "--weight-bits", "--keep")
+        taken = dict(zip(options, (format, sparsity, weight_bits, keep), strict=True))
         pattern = None if like is None else _pattern(like, source, taken)
         if pattern is not None:
             recipe = pattern.recipe(way)
@@ -89,7 +96,7 @@ def compress(
         }
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=_console) as bar:
-            if sparsity is not None:
+            if sparsity is not None and not (sparsity == 0 and _is_dense(recipe)):
                 found = measure(source, tokens, where, _told(bar, "measuring"), tuned)
                 recipe = allotted(recipe, found, sparsity)
             told = _told(bar, "compressing")
@@ -112,6 +119,31 @@ def compress(
 def _told(bar: Progress, what: str) -> Told:
     task = bar.add_task(what, total=None)
     return lambda done, layers: bar.update(task, completed=done, total=layers)
+
+
+def _knobs(sparsity: float | None, weight_bits: int | None) -> Knobs:
+    try:
+        return Knobs(sparsity=sparsity, weight_bits=weight_bits)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = "--" + str(first["loc"][0]).replace("_", "-")
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{option}: {message} (given: {first['input']})") from error
+
+
+def _recipe(
+    format: str | None, knobs: Knobs, mode: Mode, exceptions: dict[str, Format | None]
+) -> Recipe:
+    """What --format or --weight-bits say; which of 16 survive is found later, with --sparsity."""
+    if knobs.weight_bits is None:
+        return Recipe(_format(format or FORMAT), mode, exceptions)
+    if format is not None:
+        raise ConfigError("--format and --weight-bits both say how a weight is stored: give one")
+    return Recipe.from_knobs(knobs, mode, exceptions)
+
+
+def _is_dense(recipe: Recipe) -> bool:
+    return recipe.format is not None and recipe.format.dense
 
 
 def _pattern(folder: Path, source: Path, options: Mapping[str, object]) -> Like:

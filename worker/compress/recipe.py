@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from typing import Self
 
 from ...kernels.formats import Format
 from ..errors import ConfigError
+from ..knobs import Knobs
 from .allocation import Sensitivity, allot
 from .pruning import Mode
 
@@ -20,6 +22,27 @@ class Recipe:
     exceptions: dict[str, Format | None] = field(default_factory=dict)
     """Formats of weights whose whole name fits a pattern, such as `layers.0.*`; the last that fits
     counts."""
+
+    @classmethod
+    def from_knobs(
+        cls,
+        knobs: Knobs,
+        mode: Mode = "sparsegpt",
+        exceptions: Mapping[str, Format | None] | None = None,
+    ) -> Self:
+        """As the knobs say, with one N of 16 for all weights; `allotted` finds one for each.
+
+        Raises ConfigError if they leave everything as it is, or are about memory.
+        """
+        if knobs.memory_budget is not None:
+            raise ConfigError(
+                "memory_budget is a knob of engines, not of compression: leave it out"
+            )
+        if knobs.weight_format is None:
+            raise ConfigError(
+                "these knobs compress nothing: give a sparsity above 0, or weight_bits of 4 or 8"
+            )
+        return cls(Format.parse(knobs.weight_format), mode, dict(exceptions or {}))
 
     def of(self, name: str) -> Format | None:
         """The format of a weight, such as `layers.3.attention.qkv.weight`."""

@@ -2,14 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
-from conclave.worker import Engine
+from conclave.worker import Engine, Knobs
 from conclave.worker.compress.__main__ import app
+from conclave.worker.compress.recipe import Recipe
+from conclave.worker.errors import ConfigError
 
 SMALL = ("--sequences", "4", "--length", "16", "--device", "cpu", "--format", "8:16-bf16")
 
@@ -78,6 +81,39 @@ def test_sparse_on_average(text: Path, text_checkpoint: Path, tmp_path: Path) ->
     assert len(formats) > 1 and formats <= {f"{kept}:16-bf16" for kept in (4, 5, 6, 8)}
 
 
+def test_the_knobs_of_an_engine_say_the_same(
+    text: Path, text_checkpoint: Path, tmp_path: Path
+) -> None:
+    options = ("--text", text, *SMALL[:-2], "--json")
+    sparse = ("--sparsity", "0.65", "--weight-bits", "16")
+    done = run(text_checkpoint, tmp_path / "sparse", *options, *sparse)
+    assert done.exit_code == 0, done.output
+    formats = {each["format"] for each in json.loads(done.stdout)["weights"]}
+    assert len(formats) > 1 and formats <= {f"{kept}:16-bf16" for kept in (4, 5, 6, 8)}
+    dense = ("--weight-bits", "8", "--sparsity", "0", "--keep", "layers.*.mlp.*")
+    done = run(text_checkpoint, tmp_path / "dense", *options, *dense)
+    assert done.exit_code == 0, done.output
+    formats = {each["format"] for each in json.loads(done.stdout)["weights"]}
+    assert formats == {"dense-int8-g64", "as it was"}
+    small: dict[str, Any] = {"max_context": 96, "kv_tokens": 1024, "block_size": 4, "threads": 1}
+    with (
+        Engine(tmp_path / "sparse", knobs={"sparsity": 0.65, "weight_bits": 16}, **small) as one,
+        Engine(tmp_path / "dense", knobs={"sparsity": 0, "weight_bits": 8}, **small) as other,
+    ):
+        assert 0.65 <= one.model.storage.precision.sparsity < 0.7
+        assert other.model.storage.precision.sparsity == 0
+    with pytest.raises(ConfigError, match="weight_bits is 4 and its weights have 8"):
+        Engine(tmp_path / "dense", knobs={"weight_bits": 4}, **small)
+
+
+def test_knobs_that_compress_nothing_are_told() -> None:
+    assert str(Recipe.from_knobs(Knobs(sparsity=0.6, weight_bits=4)).format) == "6:16-int4-g64"
+    with pytest.raises(ConfigError, match="compress nothing: give a sparsity"):
+        Recipe.from_knobs(Knobs(weight_bits=16))
+    with pytest.raises(ConfigError, match="memory_budget is a knob of engines"):
+        Recipe.from_knobs(Knobs(sparsity=0.5, memory_budget=3))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -85,7 +121,10 @@ def test_sparse_on_average(text: Path, text_checkpoint: Path, tmp_path: Path) ->
         (("--mode", "luck"), "magnitude, wanda, sparsegpt"),
         (("--keep", "layers.*=int3"), "int3"),
         (("--sequences", "100000"), "Give more text"),
-        (("--sparsity", "0.9"), "out of reach"),
+        (("--sparsity", "0.9"), "--sparsity: must be 0 to 0.75"),
+        (("--sparsity", "0.3"), "out of reach"),
+        (("--weight-bits", "8"), "--format and --weight-bits both say"),
+        (("--weight-bits", "5"), "--weight-bits: choose one of 4, 8, 16 (given: 5)"),
     ],
 )
 def test_wrong_options_are_told(
