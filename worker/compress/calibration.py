@@ -70,6 +70,21 @@ def sequences(path: Path, tokenizer: Tokenizer, count: int, length: int, seed: i
     )
 
 
+def all_sequences(path: Path, tokenizer: Tokenizer, length: int, seed: int) -> Tensor:
+    """int64 [n, length] of all tokens of a file, its documents in an order that `seed` decides.
+
+    For training, where every document counts the same. Raises ConfigError if it has fewer tokens
+    than one sequence.
+    """
+    texts = read_texts(path)
+    random.Random(seed).shuffle(texts)
+    documents = [torch.tensor(tokenizer.encode(text.prompt + text.text)) for text in texts]
+    tokens = torch.cat(documents).long()
+    if len(tokens) < length:
+        raise ConfigError(f"{path} has {len(tokens)} tokens, less than one sequence of {length}")
+    return tokens[: len(tokens) // length * length].view(-1, length)
+
+
 def _in_turn(texts: list[Text], draw: random.Random) -> Iterator[Text]:
     """A document of each language in turn, each language in an order of its own."""
     by_language: dict[str, list[Text]] = {}

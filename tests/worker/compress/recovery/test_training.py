@@ -1,0 +1,135 @@
+"""Recovery makes a compressed checkpoint better, and can be killed."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from conclave.kernels.formats import Format
+from conclave.kernels.layouts import mask_of
+from conclave.worker.compress.contents import Contents
+from conclave.worker.compress.layerwise import compress_checkpoint
+from conclave.worker.compress.manifest import MANIFEST, read_manifest
+from conclave.worker.compress.reader import load_compressed, read_weights
+from conclave.worker.compress.recipe import Recipe
+from conclave.worker.compress.recovery.recover import recover_checkpoint
+from conclave.worker.compress.recovery.schedule import Schedule
+from conclave.worker.compress.recovery.training import Look
+from conclave.worker.errors import CheckpointError, ConfigError
+from conclave.worker.model.config import ModelConfig
+
+Checkpoint = Callable[[int | str], Path]
+CPU = torch.device("cpu")
+
+
+def text(count: int, seed: int = 3) -> torch.Tensor:
+    """Sequences in which a token follows from the one before."""
+    draw = torch.Generator().manual_seed(seed)
+    start = torch.randint(3, 290, (count, 1), generator=draw)
+    return 3 + (start + 7 * torch.arange(24)) % 287
+
+
+@pytest.fixture
+def pair(tiny_checkpoint: Checkpoint, tmp_path: Path) -> tuple[Path, Path]:
+    """A compressed checkpoint and its original."""
+    return made_of(tiny_checkpoint("1"), tmp_path)
+
+
+def made_of(source: Path, folder: Path) -> tuple[Path, Path]:
+    exact = Format.parse("5:16-bf16")  # fits experts of any width
+    exceptions = {"layers.0.*": None, "*.experts.*": exact}
+    recipe = Recipe(Format.parse("5:16-int4-g32"), "magnitude", exceptions)
+    compress_checkpoint(source, folder / "small", recipe, text(4), CPU, {"made": "here"})
+    return folder / "small", source
+
+
+def recover(
+    pair: tuple[Path, Path], target: Path, schedule: Schedule, **more: object
+) -> list[Look]:
+    values = {"tokens": text(32), "held_out": text(8, seed=4), **more}
+    return recover_checkpoint(*pair, target, **values, schedule=schedule, device=CPU)  # type: ignore[arg-type]
+
+
+def contents(folder: Path) -> dict[str, object]:
+    manifest, held = read_manifest(folder / MANIFEST), Contents(ModelConfig.load(folder))
+    found: dict[str, object] = {}
+    for file in held.files:
+        record = manifest.files[file]
+        found |= read_weights(folder / file, record, held, manifest.weights, CPU)
+    return found
+
+
+@pytest.mark.parametrize("variant", ["1", "3", "7", "8"])
+def test_it_comes_nearer_with_the_same_maps(
+    variant: str, tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    pair = made_of(tiny_checkpoint(variant), tmp_path)
+    schedule = Schedule(steps=12, sequences=8, at_once=4, learning_rate=3e-3, looks=4)
+    looks = recover(pair, tmp_path / "recovered", schedule)
+    assert [look.step for look in looks] == [3, 6, 9, 12]
+    assert looks[-1].training_divergence < 0.85 * looks[0].training_divergence
+    assert looks[-1].divergence < looks[0].divergence
+    before, after = contents(pair[0]), contents(tmp_path / "recovered")
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        if not isinstance(weight, torch.Tensor):
+            assert torch.equal(mask_of(weight), mask_of(after[name])), name  # type: ignore[arg-type]
+    about = read_manifest(tmp_path / "recovered" / MANIFEST).about
+    assert about["made"] == "here" and about["recovery"]["best"]["step"] > 0
+    config = ModelConfig.load(pair[1])
+    assert load_compressed(tmp_path / "recovered", config, CPU, torch.float32)
+
+
+def test_killed_it_goes_on_to_the_same_bytes(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schedule = Schedule(steps=9, sequences=8, at_once=8, gradual=0.3, looks=3)
+    recover(pair, tmp_path / "whole", schedule)
+
+    def killed(step: int, look: Look | None) -> None:
+        if step == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recover(pair, tmp_path / "again", schedule, told=killed)
+    assert (tmp_path / "again.training").exists()
+    with pytest.raises(ConfigError, match="another run"):
+        recover(pair, tmp_path / "again", Schedule(steps=8, sequences=8))
+    steps: list[int] = []
+    recover(pair, tmp_path / "again", schedule, told=lambda step, look: steps.append(step))
+    assert steps == [7, 8, 9], "from the last look"
+    assert not (tmp_path / "again.training").exists()
+    files = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert files == {path.name for path in (tmp_path / "again").iterdir()}
+    for name in files:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_it_ends_early_with_what_was_best(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    schedule = Schedule(steps=40, sequences=4, learning_rate=0.2, looks=40, patience=2)
+    looks = recover(pair, tmp_path / "recovered", schedule)
+    assert len(looks) < 40
+    best = read_manifest(tmp_path / "recovered" / MANIFEST).about["recovery"]["best"]
+    assert best["divergence"] == min(look.divergence for look in looks)
+    assert looks[-1].step - best["step"] == 2
+
+
+def test_what_cannot_be(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="sequences"):
+        recover(pair, tmp_path / "a", Schedule(sequences=64))
+    with pytest.raises(ConfigError, match="steps is 0"):
+        Schedule(steps=0)
+    with pytest.raises(ConfigError, match="gradual"):
+        Schedule(gradual=1.5)
+    (tmp_path / "b.training").write_bytes(b"nonsense")
+    with pytest.raises(CheckpointError, match="remove it"):
+        recover(pair, tmp_path / "b", Schedule(steps=2, sequences=4))
+
+
+def test_sparsity_rises_to_what_is_asked_for() -> None:
+    schedule = Schedule(steps=100, gradual=0.5)
+    kept = [schedule.kept(step, 5) for step in range(100)]
+    assert kept[0] == 16 and kept == sorted(kept, reverse=True) and kept[49] > 5
+    assert set(kept[50:]) == {5}
+    assert Schedule(steps=100).kept(0, 5) == 5

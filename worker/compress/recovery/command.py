@@ -1,0 +1,91 @@
+"""`conclave recover COMPRESSED DST --original MODEL --text FILE`: training for what was pruned."""
+
+import json
+import math
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ...errors import ConclaveError
+from ...loading import device_of
+from ...text.tokenizer import Tokenizer
+from ..calibration import all_sequences
+from .recover import recover_checkpoint
+from .schedule import Schedule
+from .training import Look
+
+_console = Console(stderr=True)
+_DEFAULT = Schedule()
+
+
+def recover(
+    compressed: Annotated[Path, typer.Argument(help="what `conclave compress` has made")],
+    target: Annotated[Path, typer.Argument(help="folder for the recovered one")],
+    original: Annotated[Path, typer.Option(help="the checkpoint that it was made of")],
+    text: Annotated[Path, typer.Option(help="training text: .jsonl with `text`, or plain")],
+    held_out: Annotated[
+        Path | None, typer.Option(help="text to judge it by; else 1/50 of the other")
+    ] = None,
+    length: Annotated[int, typer.Option(min=2, help="tokens of a sequence")] = 512,
+    steps: Annotated[int, typer.Option(help="of the optimizer")] = _DEFAULT.steps,
+    sequences: Annotated[int, typer.Option(help="in a step")] = _DEFAULT.sequences,
+    at_once: Annotated[int, typer.Option(help="of them on the device")] = _DEFAULT.at_once,
+    learning_rate: Annotated[float, typer.Option(help="the highest")] = _DEFAULT.learning_rate,
+    text_share: Annotated[
+        float, typer.Option(help="of the loss that is the text, not the original's opinion of it")
+    ] = _DEFAULT.text_share,
+    gradual: Annotated[
+        float, typer.Option(help="share of the steps over which sparsity rises from none")
+    ] = _DEFAULT.gradual,
+    looks: Annotated[int, typer.Option(help="at the held-out text")] = _DEFAULT.looks,
+    patience: Annotated[
+        int, typer.Option(help="looks without a better one before it ends")
+    ] = _DEFAULT.patience,
+    seed: Annotated[int, typer.Option(help="of the order of sequences")] = _DEFAULT.seed,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda:0, ...")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="the looks as JSON")] = False,
+) -> None:
+    """Train what a compressed checkpoint keeps; run it again to go on after an interruption."""
+    try:
+        schedule = Schedule(
+            steps, sequences, at_once, learning_rate, text_share, gradual, looks, patience, seed
+        )
+        tokenizer, where = Tokenizer(original), device_of(device)
+        tokens = all_sequences(text, tokenizer, length, seed)
+        if held_out is None:
+            aside = math.ceil(len(tokens) / 50)
+            tokens, judged = tokens[aside:], tokens[:aside]
+        else:
+            judged = all_sequences(held_out, tokenizer, length, seed)
+        columns = (
+            *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=_console) as bar:
+            task = bar.add_task("recovering", total=steps)
+
+            def told(step: int, look: Look | None) -> None:
+                bar.update(task, completed=step)
+                if look is not None:
+                    bar.update(task, description=f"held out: KL {look.divergence:.4f}")
+
+            found = recover_checkpoint(
+                compressed, original, target, tokens, judged, schedule, where, told
+            )
+    except (ConclaveError, OSError) as error:
+        _console.print(f"[red]error:[/red] {error}", highlight=False)
+        raise typer.Exit(1) from None
+    if as_json:
+        json.dump({"target": str(target), "looks": list(map(asdict, found))}, sys.stdout)
+        return
+    table = Table("step", "KL, training", "KL, held out", "loss, held out")
+    for look in found:
+        numbers = (look.training_divergence, look.divergence, look.loss)
+        table.add_row(str(look.step), *(f"{number:.4f}" for number in numbers))
+    Console().print(table)

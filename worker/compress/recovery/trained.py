@@ -1,0 +1,130 @@
+"""A weight that is trained in the form in which it will be stored: map, integers, scales.
+
+Rounding has no slope, so gradients pass it as if it were not there (straight-through: Bengio et al.
+2013, arXiv:1308.3432); scales learn by what they would change in the rounded weight (LSQ: Esser et
+al. 2020, arXiv:1902.08153), as logarithms, so that one learning rate does for all sizes.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ....kernels.formats import SPAN, Format, PackedWeight
+from ....kernels.layouts import mask_of, pack
+from ...model.decoder import Decoder
+from ...model.packed import packed_order, plain_order
+
+
+class Stored(nn.Module):
+    """Maps the values that are trained, [E?, R, K], to the weight that is stored; it has the map.
+
+    `kept` survivors of each 16 are let through: `format.kept` of them in the end, and more while
+    sparsity is rising, the larger ones first.
+    """
+
+    order: Tensor
+    scales: Tensor
+
+    def __init__(self, name: str, packed: PackedWeight, original: Tensor) -> None:
+        super().__init__()
+        self.name = name
+        self.format: Format = packed.format
+        self.kept = packed.format.kept
+        mask = plain_order(name, mask_of(packed))
+        self.register_buffer("order", _order(mask, original), persistent=False)
+        self.growth: nn.Parameter | None = None
+        if packed.scales is not None:
+            scales = plain_order(name, _scales_by_row(packed))
+            # A group that was all zeros may come to life.
+            least = scales[scales > 0].min() if bool((scales > 0).any()) else scales.new_ones(())
+            self.register_buffer("scales", scales.clamp(min=least), persistent=False)
+            self.growth = nn.Parameter(torch.zeros_like(scales))
+
+    def forward(self, values: Tensor) -> Tensor:
+        """float32 [E?, R, K], exactly as `repacked` will hold it."""
+        survives = self.order < self.kept
+        if self.growth is None:
+            return _bfloat16(values) * survives
+        scales = self._current(self.growth)[..., None]
+        limit = 2 ** (self.format.bits - 1)
+        steps = (values.unflatten(-1, (-1, self.format.group)) / scales).clamp(-limit, limit - 1)
+        return (_round(steps) * scales).flatten(-2) * survives
+
+    def repacked(self, values: Tensor) -> PackedWeight:
+        """What is stored of the trained values."""
+        mask = packed_order(self.name, self.order < self.format.kept)
+        scales = None
+        if self.growth is not None:
+            own = packed_order(self.name, self._current(self.growth.detach()))
+            scales = own.transpose(-1, -2)
+        weight = packed_order(self.name, values.detach())
+        return pack(weight.contiguous(), self.format, mask=mask, scales=scales)
+
+    def _current(self, growth: Tensor) -> Tensor:
+        return _bfloat16(self.scales * growth.exp())
+
+
+def train_packed(
+    decoder: Decoder, packed: dict[str, PackedWeight], values: dict[str, Tensor]
+) -> dict[str, Stored]:
+    """Let `decoder`, whose weights are plain, train the `packed` ones in the form they have.
+
+    `values`, by the same names, tell what to keep longest while sparsity is rising. Every other
+    parameter is trained as it is. Returns what holds the maps and scales.
+    """
+    stored = {}
+    for name, weight in packed.items():
+        path, _, attribute = name.rpartition(".")
+        own = Stored(name, weight, values[name])
+        module = decoder.get_submodule(path)
+        parametrize.register_parametrization(module, attribute, own, unsafe=True)
+        stored[name] = own
+    return stored
+
+
+def trained_values(decoder: Decoder, name: str) -> nn.Parameter:
+    """The parameter behind a weight that `train_packed` was given."""
+    path, _, attribute = name.rpartition(".")
+    parameter: nn.Parameter = decoder.get_submodule(path).parametrizations[attribute].original  # type: ignore[index,union-attr]
+    return parameter
+
+
+def _order(mask: Tensor, original: Tensor) -> Tensor:
+    """uint8 [E?, R, K]: place of each weight among its 16; survivors first, then by magnitude."""
+    strength = original.abs().float() / original.abs().max().clamp(min=1e-30) + mask * 2.0
+    falling = strength.unflatten(-1, (-1, SPAN)).argsort(dim=-1, descending=True, stable=True)
+    places = torch.arange(SPAN, dtype=torch.uint8, device=mask.device).expand_as(falling)
+    order = torch.empty_like(falling, dtype=torch.uint8).scatter_(-1, falling, places)
+    return order.flatten(-2)
+
+
+def _scales_by_row(packed: PackedWeight) -> Tensor:
+    """float32 [E?, R, K/group]."""
+    assert packed.scales is not None
+    rows = packed.scales.movedim(-3, -2).flatten(-2)[..., : packed.rows]
+    return rows.transpose(-1, -2).float()
+
+
+def _round(values: Tensor) -> Tensor:
+    rounded: Tensor = _Replaced.apply(values, values.detach().round())  # type: ignore[no-untyped-call]
+    return rounded
+
+
+def _bfloat16(values: Tensor) -> Tensor:
+    rounded: Tensor = _Replaced.apply(values, values.detach().bfloat16().float())  # type: ignore[no-untyped-call]
+    return rounded
+
+
+class _Replaced(torch.autograd.Function):
+    """The second for the first, whose gradient is as if nothing had happened.
+
+    Adding the difference instead would round once more.
+    """
+
+    @staticmethod
+    def forward(ctx: object, values: Tensor, instead: Tensor) -> Tensor:
+        return instead.clone()
+
+    @staticmethod
+    def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None

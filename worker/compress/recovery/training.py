@@ -1,0 +1,231 @@
+"""Training what a compressed checkpoint has kept against the full model that it was made of.
+
+The teacher and the student, with the optimizer's two numbers for each of its weights, are on one
+device together. What is trained is kept in float32 and computed in bfloat16 on a GPU. A run that
+was killed goes on from the last look at the held-out text, through the same numbers. What it gave
+up: more than one device, and models whose optimizer does not fit beside them.
+"""
+
+import copy
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....kernels.formats import PackedWeight
+from ...errors import CheckpointError, ConfigError
+from ...model.decoder import Decoder
+from .loss import losses
+from .schedule import Schedule
+from .trained import Stored, train_packed, trained_values
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What the held-out text says after so many steps; divergences and losses in nats a token."""
+
+    step: int
+    training_divergence: float
+    training_loss: float
+    divergence: float
+    """KL(teacher || student) on the held-out text."""
+    loss: float
+    """Negative log-likelihood of the held-out text."""
+
+
+Told = Callable[[int, Look | None], None]
+"""(steps done, the look just taken)"""
+
+
+class Recovery:
+    """One run: `student` has plain weights and is trained in place, in the form of `packed`.
+
+    Args:
+        student: float32, on the device that trains, with the values of `packed` in it.
+        packed: the weights that are stored packed, by the decoder's names, on the same device.
+        teacher: the full model, on the same device, in any floating dtype.
+        schedule: how to train.
+        state: file for what a killed run needs to go on; `key` tells which run it is of.
+    """
+
+    def __init__(
+        self,
+        student: Decoder,
+        packed: dict[str, PackedWeight],
+        teacher: Decoder,
+        schedule: Schedule,
+        state: Path,
+        key: str = "",
+    ) -> None:
+        self.student, self.teacher, self.schedule = student, teacher, schedule
+        self.looks: list[Look] = []
+        self.best: Look | None = None
+        self._state, self._key = state, key
+        originals = dict(teacher.named_parameters())
+        self._stored: dict[str, Stored] = train_packed(
+            student, packed, {name: originals[name].detach() for name in packed}
+        )
+        if schedule.gradual:  # then the student begins as the teacher, and not pruned
+            for name in packed:
+                trained_values(student, name).data.copy_(originals[name])
+        student.train().requires_grad_(True)
+        self._optimizer = torch.optim.AdamW(
+            student.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0
+        )
+        self._best_values = self._values()
+        self._step = 0
+        self._resume()
+
+    def run(self, tokens: Tensor, held_out: Tensor, told: Told = lambda step, look: None) -> None:
+        """Train on `tokens` [n, L], int64, and leave the student as it was best on `held_out`.
+
+        Raises ConfigError for less text than one step, or if training comes to numbers that are
+        none.
+        """
+        schedule, device = self.schedule, self.student.embedding.weight.device
+        if len(tokens) < schedule.sequences or not len(held_out):
+            raise ConfigError(
+                f"recovery has {len(tokens)} sequences to train on and {len(held_out)} held out, "
+                f"and takes {schedule.sequences} a step: give more text, or shorter sequences"
+            )
+        batches = _batches(len(tokens), schedule, self._step)
+        recent: list[Tensor] = []
+        while self._step < schedule.steps and not self._in_vain():
+            chosen = tokens[next(batches)].to(device)
+            recent.append(self._learn(chosen))
+            self._step += 1
+            look = None
+            if schedule.is_look(self._step):
+                look = self._look(torch.stack(recent).mean(0).tolist(), held_out)
+                recent.clear()
+            told(self._step, look)
+        self._restore(self._best_values)
+        self._state.unlink(missing_ok=True)
+
+    def packed(self) -> dict[str, PackedWeight]:
+        """The trained weights as they are stored, by name."""
+        return {
+            name: own.repacked(trained_values(self.student, name))
+            for name, own in self._stored.items()
+        }
+
+    def plain(self) -> dict[str, Tensor]:
+        """All other parameters and buffers that a checkpoint has, by name."""
+        names = self.student.state_dict().items()
+        return {name: own for name, own in names if ".parametrizations." not in f".{name}"}
+
+    def _learn(self, sequences: Tensor) -> Tensor:
+        """One step of the optimizer; divergence and loss before it, [2]."""
+        self._set_kept(self._step)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.schedule.rate(self._step)
+        found = torch.zeros(2, device=sequences.device)
+        for part in sequences.split(self.schedule.at_once):
+            share = len(part) / len(sequences)
+            with _autocast(sequences.device):
+                own = losses(self.student, self.teacher, part) * share
+            divergence, loss = own
+            text = self.schedule.text_share
+            ((1 - text) * divergence + text * loss).backward()
+            found += own.detach()
+        torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return found
+
+    def _look(self, training: list[float], held_out: Tensor) -> Look:
+        """Look at the held-out text in the final form, keep what is best, and save the run."""
+        self._set_kept(self.schedule.steps)
+        device, parts = self.student.embedding.weight.device, []
+        with torch.no_grad(), _autocast(device):
+            for part in held_out.split(self.schedule.at_once):
+                found = losses(self.student, self.teacher, part.to(device))
+                parts.append(found * (len(part) / len(held_out)))
+        look = Look(self._step, *training, *torch.stack(parts).sum(0).tolist())
+        if not look.divergence < float("inf"):
+            raise ConfigError(
+                f"training went astray at step {self._step}: try a lower learning rate "
+                f"than {self.schedule.learning_rate}"
+            )
+        self.looks.append(look)
+        if self.best is None or look.divergence < self.best.divergence:
+            self.best, self._best_values = look, self._values()
+        self._save()
+        return look
+
+    def _in_vain(self) -> bool:
+        """Whether the last looks, all with full sparsity, were no better than one before them."""
+        schedule = self.schedule
+        full = [look for look in self.looks if look.step >= schedule.gradual * schedule.steps]
+        since = len(full) - 1 - full.index(self.best) if self.best in full else 0
+        return since >= schedule.patience
+
+    def _set_kept(self, step: int) -> None:
+        for own in self._stored.values():
+            own.kept = self.schedule.kept(step, own.format.kept)
+
+    def _values(self) -> dict[str, Tensor]:
+        return {name: own.detach().cpu().clone() for name, own in self.student.named_parameters()}
+
+    def _restore(self, values: dict[str, Tensor]) -> None:
+        self._set_kept(self.schedule.steps)
+        with torch.no_grad():
+            for name, own in self.student.named_parameters():
+                own.copy_(values[name])
+
+    def _save(self) -> None:
+        state = {
+            "key": self._key,
+            "schedule": asdict(self.schedule),
+            "step": self._step,
+            "values": self._values(),
+            "optimizer": self._optimizer.state_dict(),
+            "looks": [asdict(look) for look in self.looks],
+            "best": self.looks.index(self.best) if self.best else None,
+            "best_values": self._best_values,
+        }
+        unfinished = self._state.with_name(self._state.name + ".partial")
+        torch.save(state, unfinished)
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        unfinished.replace(self._state)
+
+    def _resume(self) -> None:
+        if not self._state.exists():
+            return
+        try:
+            state: dict[str, Any] = torch.load(self._state, map_location="cpu", weights_only=True)
+        except Exception as error:  # a broken pickle fails in every way
+            raise CheckpointError(
+                f"{self._state} is no state of a recovery ({error}): remove it to begin anew"
+            ) from error
+        if state["key"] != self._key or state["schedule"] != asdict(self.schedule):
+            raise ConfigError(
+                f"{self._state} is of another run, with other models, text or settings: go on with "
+                "those, or remove it to begin anew"
+            )
+        self._step = state["step"]
+        self.looks = [Look(**look) for look in state["looks"]]
+        self.best = None if state["best"] is None else self.looks[state["best"]]
+        self._best_values = state["best_values"]
+        self._restore(state["values"])
+        self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+
+
+def _batches(count: int, schedule: Schedule, done: int) -> Iterator[Tensor]:
+    """Indices of the sequences of each step, behind the `done` first ones; every epoch anew."""
+    per_epoch = count // schedule.sequences
+    epoch, first = divmod(done, per_epoch)
+    while True:
+        draw = torch.Generator().manual_seed(schedule.seed * 1_000_003 + epoch)
+        order = torch.randperm(count, generator=draw)[: per_epoch * schedule.sequences]
+        yield from order.split(schedule.sequences)[first:]
+        epoch, first = epoch + 1, 0
+
+
+def _autocast(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
