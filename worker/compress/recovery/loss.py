@@ -27,9 +27,9 @@ def losses(student: Decoder, teacher: Decoder, tokens: Tensor) -> Tensor:
     rows = max(1, _ROW_NUMBERS // student.config.vocab_size)
     total = torch.zeros(2, device=tokens.device)
     for part in zip(ours.split(rows), theirs.split(rows), targets.split(rows), strict=True):
-        own: Tensor = checkpoint(_sums, student, teacher, *part, use_reentrant=False)
-        total = total + own
-    return total / len(targets)
+        total = total + checkpoint(_sums, student, teacher, *part, use_reentrant=False)
+    mean: Tensor = total / len(targets)
+    return mean
 
 
 def _hidden(decoder: Decoder, tokens: Tensor) -> Tensor:
