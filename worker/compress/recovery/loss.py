@@ -28,8 +28,7 @@ def losses(student: Decoder, teacher: Decoder, tokens: Tensor) -> Tensor:
     total = torch.zeros(2, device=tokens.device)
     for part in zip(ours.split(rows), theirs.split(rows), targets.split(rows), strict=True):
         total = total + checkpoint(_sums, student, teacher, *part, use_reentrant=False)
-    mean: Tensor = total / len(targets)
-    return mean
+    return total / len(targets)
 
 
 def _hidden(decoder: Decoder, tokens: Tensor) -> Tensor:
@@ -38,7 +37,8 @@ def _hidden(decoder: Decoder, tokens: Tensor) -> Tensor:
     positions = torch.arange(length, device=tokens.device).repeat(count)
     attention = DenseAttention(decoder.config, [length] * count)
     hidden: Tensor = decoder(tokens.flatten(), positions, attention)
-    return hidden.unflatten(0, (count, length))[:, :-1].flatten(0, 1)
+    predicting: Tensor = hidden.unflatten(0, (count, length))[:, :-1]
+    return predicting.flatten(0, 1)
 
 
 def _sums(
