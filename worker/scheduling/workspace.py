@@ -7,11 +7,11 @@ cannot give back because it is in pieces is not in it, nor what the device's dri
 from ..config import EngineConfig
 from ..model.config import LayerConfig, ModelConfig
 
-_LOGIT_BYTES = 16
-"""Of a scored token for each word: the product in the model's dtype, logits as float32, soft-capped
-ones, log-probabilities."""
+_LOGIT_BYTES = 20
+"""Of a scored token for each word: logits, log-probabilities, and their comparison with the
+token's own (17 measured)."""
 _DRAW_BYTES = 64
-"""The same of a drawn token: logits, sorted values and ids twice, probabilities, sums."""
+"""The same of a drawn token: logits, sorted values and ids, probabilities, sums (48 measured)."""
 
 
 def workspace(
