@@ -27,9 +27,11 @@ START_SECONDS = 150.0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.cluster)
+    own = [item for item in items if Path(__file__).parent in item.path.parents]
+    for item in own:
+        item.add_marker(pytest.mark.cluster)
+    # Last, because the fleet that these share would take its part of the machine from all others.
+    items[:] = [item for item in items if item not in own] + own
 
 
 class Ground:

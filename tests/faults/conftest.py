@@ -23,7 +23,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves the long ones out unless they are asked for."""
+    """Leaves the long ones out unless they are asked for; the others come last.
+
+    What they share, Ray clusters above all, would take its part of the machine from all others.
+    """
+    own = [item for item in items if Path(__file__).parent in item.path.parents]
+    items[:] = [item for item in items if item not in own] + own
     if "soak" in config.getoption("-m"):
         return
     long = [item for item in items if item.get_closest_marker("soak")]
