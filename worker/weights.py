@@ -274,7 +274,7 @@ def _shard_names(index: Path) -> list[str]:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         if all(Path(name).name == name for name in names):
             return sorted(set(names))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{index} is no readable index of shards: {error!r}") from error
     raise CheckpointError(f"{index} names files outside its folder")
 

@@ -30,11 +30,11 @@ def export(
     """Write a compressed checkpoint as one that stock Hugging Face loaders read."""
     with _errors_told(), _bar("exporting") as told:
         outcomes = export_checkpoint(source, target, _style(format), told)
-    stacks = [each for each in outcomes if ".experts." in each.name]
-    if stacks and format == "pack-quantized":
+    plain = [each for each in outcomes if each.written_as.startswith("plain")]
+    if plain and format == "pack-quantized":
         _console.print(
-            f"{len(stacks)} stacks of experts are written as plain values: stock loaders have no "
-            "quantized form of them"
+            f"{len(plain)} packed weights are written as plain values: pack-quantized has no form "
+            "of bfloat16, and stock loaders have none of experts, embeddings and heads"
         )
     _say(target, outcomes, as_json)
 

@@ -1,10 +1,10 @@
 """A compressed checkpoint as a Hugging Face folder, one of its files after the other.
 
 `pack-quantized`: linear layers of integers keep their codes and scales, pruned weights at the zero
-code; `dense`: every weight is written out. Either has the maps beside it. What it gave up: experts
-are plain values in both, since no stock loader reads their stacks otherwise; like everything that
-is written out they are rounded to the checkpoint's own dtype, and the maps hold the scales that
-find their integers again.
+code; `dense`: every weight is written out. Either has the maps beside it. What it gave up: experts,
+embeddings and heads are plain values in both, since stock loaders do not read them otherwise; like
+everything that is written out they are rounded to the checkpoint's own dtype, and the maps hold the
+scales that find their integers again.
 """
 
 import shutil

@@ -8,6 +8,7 @@ that tell the number of shards, which is not known before the last.
 import json
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -34,7 +35,7 @@ class ShardWriter:
         if self._held and self._bytes + tensor.nbytes > self._limit:
             self._write()
         # Of its own, since parts of a fused weight share their memory, which files cannot.
-        self._held[name] = tensor.detach().clone().contiguous()
+        self._held[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
         self._bytes += tensor.nbytes
 
     def finish(self) -> dict[str, FileRecord]:
