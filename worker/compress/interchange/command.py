@@ -25,16 +25,20 @@ def export(
     source: Annotated[Path, typer.Argument(help="compressed checkpoint")],
     target: Annotated[Path, typer.Argument(help="new folder for the Hugging Face one")],
     format: Annotated[str, typer.Option(help=", ".join(STYLES))] = "pack-quantized",
+    exact: Annotated[
+        bool, typer.Option("--exact", help="plain values of integers in float32, not rounded")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="say what became of it as JSON")] = False,
 ) -> None:
     """Write a compressed checkpoint as one that stock Hugging Face loaders read."""
     with _errors_told(), _bar("exporting") as told:
-        outcomes = export_checkpoint(source, target, _style(format), told)
-    plain = [each for each in outcomes if each.written_as.startswith("plain")]
+        outcomes = export_checkpoint(source, target, _style(format), told, exact)
+    plain = [each for each in outcomes if "plain" in each.written_as and "int" in each.format]
     if plain and format == "pack-quantized":
         _console.print(
-            f"{len(plain)} packed weights are written as plain values: pack-quantized has no form "
-            "of bfloat16, and stock loaders have none of experts, embeddings and heads"
+            f"plain values are written of {len(plain)} weights of integers: stock loaders have no "
+            "quantized form of experts, embeddings and heads"
+            + ("" if exact else " (rounded to the checkpoint's dtype; --exact does not)")
         )
     _say(target, outcomes, as_json)
 

@@ -3,8 +3,8 @@
 `pack-quantized`: linear layers of integers keep their codes and scales, pruned weights at the zero
 code; `dense`: every weight is written out. Either has the maps beside it. What it gave up: experts,
 embeddings and heads are plain values in both, since stock loaders do not read them otherwise; like
-everything that is written out they are rounded to the checkpoint's own dtype, and the maps hold the
-scales that find their integers again.
+everything that is written out they are rounded to the checkpoint's own dtype, unless float32 is
+asked for, and the maps hold the scales that find their integers again.
 """
 
 import shutil
@@ -52,12 +52,14 @@ def export_checkpoint(
     target: Path,
     style: Style,
     told: Callable[[int, int], None] = lambda done, files: None,
+    exact: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> list[Exported]:
     """Export the compressed checkpoint in `source` to the new folder `target`.
 
-    `told` hears of (files done, files in all). Raises CheckpointError, as reading does, and
-    ConfigError if `target` holds anything.
+    `told` hears of (files done, files in all). Integers that are written out as plain values become
+    float32 if `exact`. A shard has at most `shard_bytes`, or a single tensor. Raises
+    CheckpointError, as reading does, and ConfigError if `target` holds anything.
     """
     manifest, contents = read_list(source, config := ModelConfig.load(source))
     target.mkdir(parents=True, exist_ok=True)
@@ -68,7 +70,7 @@ def export_checkpoint(
         weights = read_weights(
             source / file, manifest.files[file], contents, manifest.weights, _CPU
         )
-        dtype = _dtype_of(weights)
+        dtype = torch.float32 if exact else _dtype_of(weights)
         for name, weight in weights.items():
             run.write(name, weight, dtype)
         told(done, len(contents.files))

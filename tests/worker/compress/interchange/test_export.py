@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from conclave.worker import Engine
 from conclave.worker.compress.interchange.exporter import STYLES, Style, export_checkpoint
+from conclave.worker.compress.interchange.importer import import_checkpoint
 from conclave.worker.compress.interchange.maps import FILE, Maps, MapWriter
 from conclave.worker.compress.interchange.seal import SEAL, check_seal
 from conclave.worker.compress.interchange.words import of_words, to_words
@@ -25,6 +26,7 @@ from .conftest import (
     Exported,
     compress_somehow,
     compressed_decoder,
+    content,
     logits_of,
     stock_logits,
     stock_model,
@@ -62,6 +64,14 @@ def test_most_checkpoints_are_bfloat16(compressed: Compressed, exported: Exporte
     assert rounded
     torch.testing.assert_close(stock_logits(model), logits_of(ours), rtol=0, atol=1e-3)
     assert tensors_of(folder)["model.layers.0.experts.gate_up_proj"].dtype == torch.bfloat16
+
+
+def test_nothing_is_rounded_if_so_asked(compressed: Compressed, tmp_path: Path) -> None:
+    export_checkpoint(compressed("7-bf16"), tmp_path / "made", "pack-quantized", exact=True)
+    model, ours = stock_model(tmp_path / "made"), compressed_decoder(compressed("7-bf16"))
+    torch.testing.assert_close(stock_logits(model), logits_of(ours), rtol=0, atol=1e-3)
+    import_checkpoint(tmp_path / "made", tmp_path / "back")
+    assert content(tmp_path / "back") == content(compressed("7-bf16"))
 
 
 def test_the_config_names_every_layer_once(exported: Exported) -> None:
