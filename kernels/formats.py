@@ -39,6 +39,8 @@ SPAN = 16
 """Columns that N survivors are chosen from."""
 TILE = 128
 """Rows that lie together."""
+GROUPS = (32, 64, 128)
+"""Columns that can share a scale."""
 
 _FORMAT = re.compile(r"(?:(\d+):16|dense)-(?:int(\d+)-g(\d+)|bf16)")
 
@@ -61,7 +63,7 @@ class Format:
             raise LayoutError(f"bits is {self.bits}; choose 4, 8 or 16")
         if self.bits == 16 and self.dense:
             raise LayoutError("dense bf16 is no format of its own; keep the plain tensor")
-        groups = (0,) if self.bits == 16 else (32, 64, 128)
+        groups = (0,) if self.bits == 16 else GROUPS
         if self.group not in groups:
             raise LayoutError(
                 f"group is {self.group}; with {self.bits}-bit values choose one of {groups}"

@@ -31,6 +31,7 @@ __all__ = [
     "pack",
     "pack_codes",
     "packed_bytes",
+    "rows_at",
     "scales_of",
     "unpack",
     "validate",
@@ -109,9 +110,24 @@ def scales_of(packed: PackedWeight) -> Tensor:
     return rows[..., : packed.rows, :].contiguous()
 
 
-def unpack(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The dense weight [E?, R, K]: code * scale in float32, then rounded to `dtype`."""
-    return _dense(packed, dtype, _values)
+def unpack(
+    packed: PackedWeight, dtype: torch.dtype = torch.float32, out: Tensor | None = None
+) -> Tensor:
+    """The dense weight [E?, R, K]: code * scale in float32, then rounded to `dtype`.
+
+    Into `out`, if it is given, in whose dtype and strides a few rows are written at a time.
+    """
+    return _dense(packed, dtype, _values, out)
+
+
+def rows_at(packed: PackedWeight, index: Tensor) -> Tensor:
+    """float32 [n, K]: rows of a single weight by their numbers (int64 [n]); no others are read."""
+    tile, lane = index // TILE, index % TILE
+    tensors = {
+        name: tensor.movedim(-1, 1)[tile, lane].movedim(0, -1)
+        for name, tensor in packed.tensors().items()
+    }
+    return _values(from_tensors(packed.format, index.shape[0], packed.columns, tensors))
 
 
 def mask_of(packed: PackedWeight) -> Tensor:
@@ -303,12 +319,16 @@ def _survivors(packed: PackedWeight) -> tuple[Tensor, Tensor]:
 
 
 def _dense(
-    packed: PackedWeight, dtype: torch.dtype, read: Callable[[PackedWeight], Tensor]
+    packed: PackedWeight,
+    dtype: torch.dtype,
+    read: Callable[[PackedWeight], Tensor],
+    output: Tensor | None = None,
 ) -> Tensor:
     """[E?, R, K] of what `read` makes of a few rows of a single weight, [r, K]."""
-    stack = () if packed.experts is None else (packed.experts,)
-    shape = (*stack, packed.rows, packed.columns)
-    output = torch.empty(shape, dtype=dtype, device=packed.device)
+    if output is None:
+        stack = () if packed.experts is None else (packed.experts,)
+        shape = (*stack, packed.rows, packed.columns)
+        output = torch.empty(shape, dtype=dtype, device=packed.device)
     for part, first, last in _blocks(packed):
         target = (output if packed.experts is None else output[part])[first:last]
         target.copy_(read(_slice(packed, part, first, last))[: target.shape[0]])
@@ -330,7 +350,7 @@ def _values(packed: PackedWeight) -> Tensor:
     values = _codes(packed)
     if packed.scales is None:
         return values
-    grouped = values.view(values.shape[0], -1, packed.format.group)
+    grouped: Tensor = values.unflatten(1, (-1, packed.format.group))
     return grouped.mul_(packed.scales.T.float()[..., None]).view(values.shape)
 
 

@@ -6,12 +6,14 @@
 | 5 to `MANY`  | `matmul` (NVIDIA, bfloat16), else expand     | the same, groups of 64+ | expand |
 | more         | expand                                       | expand                  | expand |
 
-Expanding writes the dense weight into scratch memory that all layers share, and leaves the product
-to the vendor's library. On a CPU the reference runs. `linear`, `gated_linear`, `grouped_linear` are
-torch custom ops: they work on fake tensors, in `torch.compile` and, once called, in CUDA graphs.
+Expanding writes the dense weight, or a bounded number of its rows at a time, into scratch memory
+that all layers share, and leaves the product to the vendor's library. On a CPU the reference runs.
+`linear`, `gated_linear`, `grouped_linear` are torch custom ops: they work on fake tensors, in
+`torch.compile` and, once called, in CUDA graphs.
 """
 
 import threading
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ from . import reference
 from . import sparse_gather as sparse
 from .errors import KernelInputError
 from .expand import expand
-from .formats import Format, PackedWeight
+from .formats import TILE, Format, PackedWeight, from_tensors
 from .sparse_gemv import sparse_gemv
 from .tensor_cores import decode
 from .tensor_cores.grouping import MOST_TOKENS
@@ -30,6 +32,8 @@ from .tensor_cores.matmul import matmul
 
 MANY = 256
 """Tokens above which decoding for every 128 of them costs more than expanding once (an H100)."""
+MOST_EXPANDED = 1 << 28
+"""Weights that are written out dense at once: all of any layer, but not of a head."""
 
 _scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 _lock = threading.Lock()
@@ -157,15 +161,40 @@ def _multiply(
     elif len(x) <= MANY and _on_tensor_cores(x, weight):
         matmul(x, weight, out, residual, scale, gated=gated)
     else:
-        dense_weight = expand(weight, _expanded(weight, x.dtype)).t()
-        if gated:
-            pairs = torch.mm(x, dense_weight).unflatten(-1, (-1, 2))
-            gate = F.gelu(pairs[..., 0].float(), approximate="tanh")
-            torch.mul(gate, pairs[..., 1], out=out)
-        elif residual is None:
-            torch.addmm(out, x, dense_weight, beta=0, alpha=scale, out=out)
-        else:
-            torch.addmm(residual, x, dense_weight, beta=scale, alpha=scale, out=out)
+        each = 2 if gated else 1
+        for first, part in _parts(weight):
+            own = slice(first // each, (first + part.rows) // each)
+            added = None if residual is None else residual[:, own]
+            _multiply_dense(x, part, out[:, own], added, scale, gated)
+
+
+def _parts(weight: PackedWeight) -> Iterator[tuple[int, PackedWeight]]:
+    """(first row, those rows) of a single weight, each part of whole tiles and a bounded size."""
+    step = max(1, MOST_EXPANDED // (weight.columns * TILE))
+    for first in range(0, weight.tiles, step):
+        tensors = {name: own[first : first + step] for name, own in weight.tensors().items()}
+        rows = min(step * TILE, weight.rows - first * TILE)
+        yield first * TILE, from_tensors(weight.format, rows, weight.columns, tensors)
+
+
+def _multiply_dense(
+    x: Tensor,
+    weight: PackedWeight,
+    out: Tensor,
+    residual: Tensor | None,
+    scale: float,
+    gated: bool,
+) -> None:
+    """`_multiply` by the weight written out."""
+    dense_weight = expand(weight, _expanded(weight, x.dtype)).t()
+    if gated:
+        pairs = torch.mm(x, dense_weight).unflatten(-1, (-1, 2))
+        gate = F.gelu(pairs[..., 0].float(), approximate="tanh")
+        torch.mul(gate, pairs[..., 1], out=out)
+    elif residual is None:
+        torch.addmm(out, x, dense_weight, beta=0, alpha=scale, out=out)
+    else:
+        torch.addmm(residual, x, dense_weight, beta=scale, alpha=scale, out=out)
 
 
 def _on_tensor_cores(x: Tensor, weight: PackedWeight) -> bool:

@@ -22,6 +22,7 @@ from conclave.kernels.layouts import (
     pack,
     pack_codes,
     packed_bytes,
+    rows_at,
     scales_of,
     unpack,
     validate,
@@ -117,6 +118,21 @@ def test_round_trip(
             assert same_bytes(packed, again)
     for index in range(experts or 0):
         assert same_bytes(packed.expert(index), pack(weight[index], format))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("text", FORMATS)
+def test_rows_alone(text: str, device: str) -> None:
+    """In any order, twice, of the last tile or none; and all of them into given memory."""
+    packed = pack(
+        random_weight(300, columns_for(Format.parse(text), 2)).to(device), Format.parse(text)
+    )
+    whole = unpack(packed)
+    for rows in ([299, 0, 128, 127, 0], [5], []):
+        index = torch.tensor(rows, dtype=torch.int64, device=device)
+        assert torch.equal(rows_at(packed, index), whole[index])
+    given = torch.empty(whole.shape[::-1], dtype=torch.bfloat16, device=device).t()
+    assert unpack(packed, out=given) is given and torch.equal(given, whole.bfloat16())
 
 
 @pytest.mark.parametrize("device", DEVICES)

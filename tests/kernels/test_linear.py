@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from conclave.kernels import linear as module
 from conclave.kernels import reference
 from conclave.kernels.errors import KernelInputError
 from conclave.kernels.layouts import Format, PackedWeight, pack, unpack
@@ -97,6 +98,42 @@ def test_every_number_of_tokens(text: str, rows: int, columns: int, tokens: int)
     gate = torch.nn.functional.gelu(exact[:, ::2], approximate="tanh")
     torch.full((1 << 22,), torch.nan, device="cuda")
     assert relative_error(gated_linear(x, weight), gate * exact[:, 1::2]) <= 5e-3
+
+
+def test_written_out_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head is never dense as a whole."""
+    if DEVICES == ["cpu"]:
+        monkeypatch.setattr(module, "expand", lambda weight, out: unpack(weight, out=out))
+        monkeypatch.setattr(
+            module, "_expanded", lambda own, dtype: torch.empty(own.rows, own.columns, dtype=dtype)
+        )
+    weight = weight_of("dense-int8-g64", 1000, 704)
+    x, residual = torch.randn(300, 704), torch.randn(300, 1000)
+    exact = x.double() @ unpack(weight.to("cpu")).double().T
+    gate = torch.nn.functional.gelu(exact[:, ::2], approximate="tanh")
+    monkeypatch.setattr(module, "MOST_EXPANDED", 300 * 704)
+    assert [part.rows for _, part in module._parts(weight)] == [256, 256, 256, 232]
+    for added, gated, expected in (
+        (None, False, exact / 2),
+        (residual, False, (exact + residual) / 2),
+        (None, True, gate * exact[:, 1::2]),
+    ):
+        out = torch.empty(expected.shape, device=DEVICES[0])
+        own = None if added is None else added.to(DEVICES[0])
+        module._multiply(x.to(DEVICES[0]), weight, out, own, 0.5, gated)
+        assert relative_error(out.cpu(), expected) < 2e-3
+
+
+@on_card
+@pytest.mark.parametrize("tokens", [1, 4, 5, 64, 256])
+def test_a_head(tokens: int) -> None:
+    """The largest of all: 262,144 words."""
+    table = torch.randn(4096, 5376, device="cuda").repeat(64, 1)
+    weight = pack(table, Format.parse("dense-int8-g64"))
+    x = torch.randn(tokens, 5376, device="cuda", dtype=torch.bfloat16)
+    exact = x.double() @ unpack(weight)[:4096].double().T
+    for part in linear(x, weight).unflatten(1, (64, 4096)).unbind(1):
+        assert relative_error(part, exact) <= 3e-3
 
 
 @on_card

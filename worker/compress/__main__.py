@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -30,7 +30,7 @@ from .recipe import Recipe, allotted
 from .sources.adapter import Adapter
 from .sources.like import Like
 
-FORMAT = "5:16-int4-g64"
+FORMAT, EMBEDDINGS = "5:16-int4-g64", "dense-int8-g64"
 _console = Console(stderr=True)
 
 
@@ -56,6 +56,10 @@ def compress(
             help="PATTERN=FORMAT, or PATTERN alone to leave a weight as it is; repeatable"
         ),
     ] = None,
+    embeddings: Annotated[
+        str | None,
+        typer.Option(help="of embeddings and head, or plain", show_default=EMBEDDINGS),
+    ] = None,
     like: Annotated[
         Path | None,
         typer.Option(help="compressed checkpoint whose formats and surviving weights are taken"),
@@ -73,8 +77,10 @@ def compress(
     try:
         way, knobs = _mode(mode), _knobs(sparsity, weight_bits)
         recipe = _recipe(format, knobs, way, dict(map(_exception, keep or [])))
-        options = ("--format", "--sparsity", "--weight-bits", "--keep")
-        taken = dict(zip(options, (format, sparsity, weight_bits, keep), strict=True))
+        recipe = replace(recipe, embeddings=_embeddings(embeddings or EMBEDDINGS))
+        options = ("--format", "--sparsity", "--weight-bits", "--keep", "--embeddings")
+        given = (format, sparsity, weight_bits, keep, embeddings)
+        taken = dict(zip(options, given, strict=True))
         pattern = None if like is None else _pattern(like, source, taken)
         if pattern is not None:
             recipe = pattern.recipe(way)
@@ -87,10 +93,11 @@ def compress(
             )
         about: dict[str, object] = {
             "source": fingerprint(source),
-            "format": str(recipe.format),
+            "format": str(recipe.format or ""),
             "mode": mode,
             "keep": keep or [],
             "sparsity": sparsity,
+            "embeddings": str(recipe.embeddings or ""),
             "calibration": {"sequences": count, "length": length, "seed": seed},
             "torch": version("torch"),
         }
@@ -160,6 +167,18 @@ def _format(text: str) -> Format:
         return Format.parse(text)
     except LayoutError as error:
         raise ConfigError(f"--format: {error}") from error
+
+
+def _embeddings(text: str) -> Format | None:
+    if text == "plain":
+        return None
+    try:
+        format = Format.parse(text)
+    except LayoutError as error:
+        raise ConfigError(f"--embeddings: {error}; or plain") from error
+    if not format.dense:
+        raise ConfigError(f"--embeddings is {text}; choose a dense format, or plain")
+    return format
 
 
 def _mode(text: str) -> Mode:

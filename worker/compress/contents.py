@@ -13,7 +13,7 @@ from ...kernels.errors import LayoutError
 from ...kernels.formats import Format, tensor_shapes
 from ..errors import CheckpointError
 from ..model.config import ModelConfig
-from ..model.packed import packable
+from ..model.packed import packable, tables
 from ..weights import DTYPES, blank_decoder
 from .manifest import REST, WeightRecord
 
@@ -42,7 +42,7 @@ class Contents:
         self.layers = len(config.layers)
         self.shapes = {name: tuple(value.shape) for name, value in decoder.state_dict().items()}
         """Of every weight, as if plain."""
-        self.packable = packable(decoder)
+        self.packable = packable(decoder) | tables(decoder)
         """Module -> its weights, which are packed together or not at all."""
         self.packable_names = {name for names in self.packable.values() for name in names}
         """All weights that may be packed."""

@@ -9,7 +9,7 @@ What it gave up: a layer's own weights all see the inputs of the uncompressed la
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 
@@ -28,10 +28,13 @@ from ..weights import CheckpointReader, allocate, model_tensors
 from .allocation import Sensitivity, sensitivity
 from .calibration import Moments, Shares
 from .checkpoint import CheckpointWriter
+from .contents import layer_file
+from .manifest import REST
 from .pruning import Mode, compress, output_error
-from .recipe import Recipe
+from .recipe import Outcome, Recipe
 from .sources.adapter import Adapter
 from .sources.like import Like
+from .tables import pack_tables
 
 BATCH = 4
 """Sequences that run at once."""
@@ -42,20 +45,6 @@ WEIGHTS = (
     *("feed_forward.mlp.gate_up.weight", "feed_forward.mlp.down.weight"),
     *("feed_forward.experts.gate_up", "feed_forward.experts.down"),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of one weight."""
-
-    name: str
-    format: str
-    error: float
-    """|x (w - w')^T|^2 / |x w^T|^2 over the calibration's inputs x; of experts, their mean."""
-    inputs: int
-    """Inputs seen; of experts, by the one that saw fewest."""
-    by_weights_alone: int
-    """Experts that saw too few inputs."""
 
 
 Told = Callable[[int, int], None]
@@ -91,20 +80,23 @@ def compress_checkpoint(
         writer = CheckpointWriter(target, source, _key(recipe, tokens, about))
         finished = writer.finished_layers()
         rest = _without_layers(config, reader)
+        tables, rounded = pack_tables(rest, recipe, {} if like is None else like.maps(REST))
         run = _Run(config, rest, tokens, device)
         for index in range(len(config.layers)):
             layer = _layer(index, config, reader, device)
             with Moments(layer) as moments:
                 run.through(index, layer, keep=False)
             made = _stored_weights(writer, index) if index in finished else {}
-            maps = {} if like is None or index in finished else like.maps(index)
+            maps = {} if like is None or index in finished else like.maps(layer_file(index))
             packed = _compress_layer(index, layer, recipe, moments, made, maps, outcomes)
             if index not in finished:
                 writer.write_layer(index, _for_file(index, layer, packed, reader.dtype))
             run.through(index, layer, keep=True)
             told(index + 1, len(config.layers))
-        state = rest.state_dict().items()
-        writer.write_rest({name: each.to(reader.dtype).contiguous() for name, each in state})
+        state = {name: own for name, own in rest.state_dict().items() if name not in tables}
+        plain = {name: own.to(reader.dtype).contiguous() for name, own in state.items()}
+        writer.write_rest({**plain, **tables})
+        outcomes += rounded
         writer.finish({**about, "weights": [asdict(outcome) for outcome in outcomes]})
     return outcomes
 
@@ -236,7 +228,7 @@ def _compress_layer(
         weight, sums = packed_order(name, tensors[name]), moments.sums[name]
         try:
             own = made.get(name) or _compress_weight(
-                weight, format, recipe.mode, sums, counts, maps.get(name)
+                weight, format, recipe.mode, sums, counts, maps.get(full)
             )
         except (LayoutError, ConfigError) as fault:
             raise ConfigError(

@@ -65,7 +65,7 @@ def load_compressed(
         weights = read_weights(path, record, contents, manifest.weights, device)
         done += len(weights)
         if packed:
-            _put(decoder, contents, weights)
+            _put(decoder, contents, weights, dtype)
         # A layer after the other: what stays packed must be in place before this is done.
         allocate(decoder.get_submodule(contents.parts[file]), device, dtype)
         _copy(weights, model_tensors(decoder))
@@ -109,12 +109,17 @@ def read_weights(
     return found
 
 
-def _put(decoder: Decoder, contents: Contents, weights: dict[str, Tensor | PackedWeight]) -> None:
+def _put(
+    decoder: Decoder,
+    contents: Contents,
+    weights: dict[str, Tensor | PackedWeight],
+    dtype: torch.dtype,
+) -> None:
     """Moves packed weights out of `weights` and into the modules that run from them."""
     packed = {name: each for name, each in weights.items() if isinstance(each, PackedWeight)}
     for module, names in contents.packable.items():
         if names[0] in packed:
-            put_packed(decoder, module, [packed[name] for name in names])
+            put_packed(decoder, module, [packed[name] for name in names], dtype)
     for name in packed:
         del weights[name]
 

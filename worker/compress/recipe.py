@@ -1,11 +1,11 @@
-"""Which weight is stored in which format."""
+"""Which weight is stored in which format, and what became of it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Self
 
-from ...kernels.formats import Format
+from ...kernels.formats import GROUPS, Format
 from ..errors import ConfigError
 from ..knobs import Knobs
 from .allocation import Sensitivity, allot
@@ -22,6 +22,8 @@ class Recipe:
     exceptions: dict[str, Format | None] = field(default_factory=dict)
     """Formats of weights whose whole name fits a pattern, such as `layers.0.*`; the last that fits
     counts."""
+    embeddings: Format | None = None
+    """Of embeddings and head, if they are no exceptions; see `of_table`."""
 
     @classmethod
     def from_knobs(
@@ -45,9 +47,38 @@ class Recipe:
         return cls(Format.parse(knobs.weight_format), mode, dict(exceptions or {}))
 
     def of(self, name: str) -> Format | None:
-        """The format of a weight, such as `layers.3.attention.qkv.weight`."""
+        """The format of a layer's weight, such as `layers.3.attention.qkv.weight`."""
+        return self._of(name, self.format)
+
+    def of_table(self, name: str, columns: int) -> Format | None:
+        """The format of an embedding or head: with smaller groups than `embeddings` has where those
+        do not divide the columns; None if none do."""
+        wanted = self.embeddings
+        return self._of(name, None if wanted is None else _fitted(wanted, columns))
+
+    def _of(self, name: str, otherwise: Format | None) -> Format | None:
         fitting = [own for pattern, own in self.exceptions.items() if fnmatchcase(name, pattern)]
-        return fitting[-1] if fitting else self.format
+        return fitting[-1] if fitting else otherwise
+
+
+def _fitted(format: Format, columns: int) -> Format | None:
+    fitting = [group for group in GROUPS if group <= format.group and columns % group == 0]
+    return replace(format, group=max(fitting)) if fitting else None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one weight."""
+
+    name: str
+    format: str
+    error: float
+    """|x (w - w')^T|^2 / |x w^T|^2 over the calibration's inputs x; of experts, their mean. Of
+    embeddings and head, which are rounded without regard to inputs, |w - w'|^2 / |w|^2."""
+    inputs: int
+    """Inputs seen; of experts, by the one that saw fewest; of embeddings and head none."""
+    by_weights_alone: int
+    """Experts that saw too few inputs."""
 
 
 def allotted(recipe: Recipe, found: Mapping[str, Sensitivity], sparsity: float) -> Recipe:

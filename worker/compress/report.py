@@ -23,6 +23,12 @@ class Stored:
     error: float | None
     """Of its outputs over the calibration, if conclave.json tells it."""
 
+    @property
+    def layer(self) -> int | None:
+        """The layer that it is in; None of embeddings and head."""
+        parts = self.name.split(".")
+        return int(parts[1]) if parts[0] == "layers" else None
+
 
 def stored_weights(folder: Path) -> list[Stored]:
     """The packed weights of a compressed checkpoint; CheckpointError if it is none."""
@@ -47,14 +53,15 @@ def stored_weights(folder: Path) -> list[Stored]:
 
 
 def totals(stored: Sequence[Stored]) -> dict[str, float]:
-    """Bits a weight, average sparsity and bytes of all packed weights."""
+    """Bits a weight and bytes of all packed weights, average sparsity of those in layers."""
     weights, size = sum(each.weights for each in stored), sum(each.bytes for each in stored)
-    pruned = sum(each.weights * each.sparsity for each in stored)
+    layers = [each for each in stored if each.layer is not None]
+    pruned = sum(each.weights * each.sparsity for each in layers)
     return {
         "packed_weights": weights,
         "packed_bytes": size,
         "bits_per_weight": 8 * size / max(1, weights),
-        "sparsity": pruned / max(1, weights),
+        "sparsity": pruned / max(1, sum(each.weights for each in layers)),
     }
 
 
@@ -76,7 +83,7 @@ def as_markdown(about: dict[str, Any], summaries: list[Summary], stored: list[St
         "",
         f"Text: {about['text']}. Packed weights: {sums['packed_weights']:,} in "
         f"{sums['packed_bytes']:,} bytes, {sums['bits_per_weight']:.2f} bits a weight, "
-        f"{sums['sparsity']:.1%} pruned. Intervals are 95 % (bootstrap over documents).",
+        f"{sums['sparsity']:.1%} of layers pruned. Intervals are 95 % (bootstrap over documents).",
         "",
         "| language | documents | tokens | perplexity | original | ratio | KL, nats a token | same "
         "first choice | |",
@@ -118,13 +125,17 @@ def draw(summaries: list[Summary], stored: list[Stored], folder: Path) -> list[P
     made.append(folder / "languages.png")
     figure.savefig(made[-1], dpi=120, bbox_inches="tight")
     pyplot.close(figure)
-    kinds = list(dict.fromkeys(_kind(each.name) for each in stored if each.error is not None))
+    errors = {
+        (_kind(each.name), each.layer): each.error
+        for each in stored
+        if each.layer is not None and each.error is not None
+    }
+    kinds = list(dict.fromkeys(kind for kind, _ in errors))
     if kinds:
-        layers = 1 + max(_layer(each.name) for each in stored)
-        cells = [[float("nan")] * layers for _ in kinds]
-        for each in stored:
-            if each.error is not None:
-                cells[kinds.index(_kind(each.name))][_layer(each.name)] = each.error
+        layers = 1 + max(layer for _, layer in errors)
+        cells = [
+            [errors.get((kind, layer), float("nan")) for layer in range(layers)] for kind in kinds
+        ]
         figure, axes = pyplot.subplots(figsize=(max(4, 0.25 * layers + 2), 0.4 * len(kinds) + 1.5))
         image = axes.imshow(cells, aspect="auto", cmap="viridis")
         axes.set(xlabel="layer", yticks=range(len(kinds)), yticklabels=kinds)
@@ -133,10 +144,6 @@ def draw(summaries: list[Summary], stored: list[Stored], folder: Path) -> list[P
         figure.savefig(made[-1], dpi=120, bbox_inches="tight")
         pyplot.close(figure)
     return made
-
-
-def _layer(name: str) -> int:
-    return int(name.split(".")[1])
 
 
 def _kind(name: str) -> str:

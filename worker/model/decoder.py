@@ -32,7 +32,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         size = config.hidden_size
-        self.embedding = nn.Embedding(config.vocab_size, size)
+        self.embedding = Embedding(config.vocab_size, size)
         scale = torch.tensor(size**0.5, device="cpu")
         self.register_buffer("embedding_scale", scale, persistent=False)
         self.per_layer = PerLayerEmbedding(config) if config.per_layer_input_size else None
@@ -59,10 +59,18 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Soft-capped logits, float32 [N, vocab], of `forward`'s rows [N, hidden]."""
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        logits = F.linear(hidden, weight).float()
+        scores = self.embedding.scores(hidden) if self.head is None else self.head(hidden)
+        logits: Tensor = scores.float()
         cap = self.config.logit_softcap
         return logits if cap is None else (logits / cap).tanh_() * cap
+
+
+class Embedding(nn.Embedding):
+    """A vector for each token, which may be the head as well."""
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """[N, hidden] times each token's vector, [N, vocab]."""
+        return F.linear(hidden, self.weight)
 
 
 class PerLayerEmbedding(nn.Module):

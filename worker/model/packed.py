@@ -1,8 +1,9 @@
 """A decoder whose large weights are in a compressed format: attention's, the MLP's, the experts'.
 
 Packing has no data to tell which weights matter: the largest survive. So int8 changes little and a
-sparse format much. Embeddings, head, router, norms and per-layer inputs stay. Where there are no
-kernels, on a CPU, a weight would be unpacked for every product; there `round_decoder` is for.
+sparse format much. Embeddings and head stay, as do router, norms and per-layer inputs; of a
+compressed checkpoint they can be packed too. Where there are no kernels, on a CPU, a weight would
+be unpacked for every product; there `round_decoder` is for.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.errors import LayoutError
-from ...kernels.layouts import Format, PackedWeight, pack, unpack
+from ...kernels.layouts import Format, PackedWeight, pack, rows_at, unpack
 from ...kernels.linear import gated_linear, grouped_linear, linear
 from ..errors import ConfigError
 from .decoder import Decoder
@@ -26,6 +27,22 @@ class PackedLinear(nn.Module):
         self.weight = weight
 
     def forward(self, hidden: Tensor) -> Tensor:
+        return linear(hidden, self.weight)
+
+
+class PackedEmbedding(nn.Module):
+    """As `Embedding`; only the rows of the tokens at hand are unpacked."""
+
+    def __init__(self, weight: PackedWeight, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = weight
+        self.dtype = dtype
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return rows_at(self.weight, tokens).to(self.dtype)
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """See `Embedding.scores`."""
         return linear(hidden, self.weight)
 
 
@@ -66,8 +83,9 @@ def pack_decoder(decoder: Decoder, format: Format) -> None:
     Raises ConfigError, which names the weight, if the format does not fit it.
     """
     for module, names in packable(decoder).items():
-        weights = [_pack(name, decoder.get_parameter(name), format) for name in names]
-        put_packed(decoder, module, weights)
+        plain = [decoder.get_parameter(name) for name in names]
+        weights = [_pack(*each, format) for each in zip(names, plain, strict=True)]
+        put_packed(decoder, module, weights, plain[0].dtype)
 
 
 def round_decoder(decoder: Decoder, format: Format) -> None:
@@ -79,7 +97,7 @@ def round_decoder(decoder: Decoder, format: Format) -> None:
 
 
 def packable(decoder: Decoder) -> dict[str, tuple[str, ...]]:
-    """Of a decoder with plain weights: module that can be packed -> names of its weights.
+    """Of a decoder's layers, while plain: module that can be packed -> names of its weights.
 
     The weights of one module are packed together or not at all.
     """
@@ -94,14 +112,31 @@ def packable(decoder: Decoder) -> dict[str, tuple[str, ...]]:
     return modules
 
 
-def put_packed(decoder: Decoder, name: str, weights: Sequence[PackedWeight]) -> None:
-    """Let a module that `packable` names run from `weights`, given in its order."""
+def tables(decoder: Decoder) -> dict[str, tuple[str, ...]]:
+    """The same of what has a row for each token: embeddings, and a head of its own."""
+    modules: dict[str, tuple[str, ...]] = {"embedding": ("embedding.weight",)}
+    if decoder.per_layer is not None:
+        modules["per_layer.embedding"] = ("per_layer.embedding.weight",)
+    if decoder.head is not None:
+        modules["head"] = ("head.weight",)
+    return modules
+
+
+def put_packed(
+    decoder: Decoder, name: str, weights: Sequence[PackedWeight], dtype: torch.dtype
+) -> None:
+    """Let a module that `packable` or `tables` name run from `weights`, given in its order.
+
+    `dtype` is that of the hidden states, which begin with an embedding.
+    """
     module = decoder.get_submodule(name)
     packed: nn.Module
     if isinstance(module, MLP):
         packed = PackedMLP(*weights)
     elif isinstance(module, Experts):
         packed = PackedExperts(module, *weights)
+    elif isinstance(module, nn.Embedding):
+        packed = PackedEmbedding(weights[0], dtype)
     else:
         packed = PackedLinear(*weights)
     decoder.set_submodule(name, packed)
@@ -110,7 +145,10 @@ def put_packed(decoder: Decoder, name: str, weights: Sequence[PackedWeight]) -> 
 def fill(name: str, plain: Tensor, weight: PackedWeight) -> None:
     """Give the plain weight `name` the values of its packed form."""
     with torch.no_grad():
-        plain.copy_(plain_order(name, unpack(weight)))
+        if _is_gated(name):
+            plain.copy_(plain_order(name, unpack(weight)))
+        else:
+            unpack(weight, out=plain)
 
 
 def packed_order(name: str, weight: Tensor) -> Tensor:

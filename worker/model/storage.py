@@ -7,6 +7,7 @@ import torch
 
 from ...kernels.errors import LayoutError
 from ...kernels.formats import SPAN, Format, packed_bytes
+from ...kernels.linear import MOST_EXPANDED
 from ..errors import ConfigError
 from ..precision import Precision
 from .decoder import Decoder
@@ -19,7 +20,8 @@ class Storage:
 
     bytes: int
     expanded: int
-    """Bytes of the largest packed matrix when it is written out dense, as for long prompts."""
+    """Bytes of the largest packed matrix when it is written out dense, as for long prompts, or of
+    the largest part that is at once."""
     precision: Precision
 
 
@@ -37,8 +39,7 @@ def storage_of(
     Raises:
         ConfigError: a format does not fit its weight.
     """
-    layers = [names for module, names in packable(decoder).items() if module.startswith("layers.")]
-    large = {name for names in layers for name in names}
+    large = {name for names in packable(decoder).values() for name in names}
     plain_bits = 8 * dtype.itemsize
     size = expanded = weights = large_bytes = 0
     pruned, fewest = 0.0, plain_bits
@@ -47,7 +48,7 @@ def storage_of(
         own = dense if format is None or not packed else _packed(name, tensor.shape, format)
         size += own
         if format is not None and packed and tensor.dim() == 2:
-            expanded = max(expanded, dense)
+            expanded = max(expanded, min(dense, MOST_EXPANDED * dtype.itemsize))
         if name in large:
             weights += tensor.numel()
             large_bytes += own

@@ -35,7 +35,8 @@ def test_compressed_and_run(text: Path, text_checkpoint: Path, tmp_path: Path) -
     weights = json.loads(done.stdout)["weights"]
     assert weights == json.loads((made / "conclave.json").read_text())["about"]["weights"]
     assert {each["format"] for each in weights[:4]} == {"as it was"}
-    assert {each["format"] for each in weights[4:]} == {"8:16-bf16"}
+    assert {each["format"] for each in weights[4:-1]} == {"8:16-bf16"}
+    assert (weights[-1]["name"], weights[-1]["format"]) == ("embedding.weight", "dense-int8-g64")
     with Engine(made, max_context=96, kv_tokens=1024, block_size=4, threads=1) as engine:
         assert len(engine.generate("hello", max_tokens=4, ignore_eos=True).token_ids) == 4
     again = run(text_checkpoint, made, "--text", text, *SMALL)
@@ -67,14 +68,15 @@ def test_in_the_pattern_of_another(text: Path, text_checkpoint: Path, tmp_path: 
     assert done.exit_code == 0, done.output
     theirs, ours = (json.loads((each / "conclave.json").read_text()) for each in (other, made))
     assert ours["weights"] == theirs["weights"] and len(ours["about"]["like"]) == 64
-    for option in (("--format", "5:16-bf16"), ("--sparsity", "0.6"), ("--keep", "layers.0.*")):
+    others = (("--format", "5:16-bf16"), ("--sparsity", "0.6"), ("--keep", "layers.0.*"))
+    for option in (*others, ("--embeddings", "plain")):
         refused = run(text_checkpoint, tmp_path / "no", *options, *option)
         assert refused.exit_code == 1
         assert f"leave {option[0]} out" in " ".join(refused.output.split())
 
 
 def test_sparse_on_average(text: Path, text_checkpoint: Path, tmp_path: Path) -> None:
-    options = ("--text", text, *SMALL, "--sparsity", "0.65", "--json")
+    options = ("--text", text, *SMALL, "--sparsity", "0.65", "--embeddings", "plain", "--json")
     done = run(text_checkpoint, tmp_path / "made", *options)
     assert done.exit_code == 0, done.output
     formats = {each["format"] for each in json.loads(done.stdout)["weights"]}
@@ -84,7 +86,7 @@ def test_sparse_on_average(text: Path, text_checkpoint: Path, tmp_path: Path) ->
 def test_the_knobs_of_an_engine_say_the_same(
     text: Path, text_checkpoint: Path, tmp_path: Path
 ) -> None:
-    options = ("--text", text, *SMALL[:-2], "--json")
+    options = ("--text", text, *SMALL[:-2], "--embeddings", "plain", "--json")
     sparse = ("--sparsity", "0.65", "--weight-bits", "16")
     done = run(text_checkpoint, tmp_path / "sparse", *options, *sparse)
     assert done.exit_code == 0, done.output
@@ -123,6 +125,8 @@ def test_knobs_that_compress_nothing_are_told() -> None:
         (("--sequences", "100000"), "Give more text"),
         (("--sparsity", "0.9"), "--sparsity: must be 0 to 0.75"),
         (("--sparsity", "0.3"), "out of reach"),
+        (("--embeddings", "5:16-int4-g64"), "choose a dense format, or plain"),
+        (("--embeddings", "int8"), "no format; write"),
         (("--weight-bits", "8"), "--format and --weight-bits both say"),
         (("--weight-bits", "5"), "--weight-bits: choose one of 4, 8, 16 (given: 5)"),
     ],

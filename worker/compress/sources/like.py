@@ -14,7 +14,7 @@ from ....kernels.layouts import mask_of
 from ...errors import CheckpointError
 from ...loading import fingerprint
 from ...model.config import ModelConfig
-from ..contents import Contents, layer_file
+from ..contents import Contents
 from ..pruning import Mode
 from ..reader import read_list, read_weights
 from ..recipe import Recipe
@@ -38,16 +38,17 @@ class Like:
         weights = self._manifest.weights.items()
         return Recipe(None, mode, {name: Format.parse(own.format) for name, own in weights})
 
-    def maps(self, index: int) -> dict[str, Tensor]:
-        """Which weights of a layer survive, bool and in packed order, by their names in it."""
-        file, cpu = layer_file(index), torch.device("cpu")
+    def maps(self, file: str) -> dict[str, Tensor]:
+        """Which weights survive in the sparse ones of a file: bool, in packed order, by name."""
+        weights = self._manifest.weights
+        names = [name for name in self._contents.files[file] if name in weights]
+        sparse = [name for name in names if not Format.parse(weights[name].format).dense]
+        if not sparse:
+            return {}
         path, record = self._folder / file, self._manifest.files[file]
-        weights = read_weights(path, record, self._contents, self._manifest.weights, cpu)
-        return {
-            name.removeprefix(f"layers.{index}."): mask_of(weight)
-            for name, weight in weights.items()
-            if isinstance(weight, PackedWeight)
-        }
+        found = read_weights(path, record, self._contents, weights, torch.device("cpu"))
+        packed = {name: own for name, own in found.items() if isinstance(own, PackedWeight)}
+        return {name: mask_of(packed[name]) for name in sparse}
 
 
 def _check_shapes(
