@@ -176,7 +176,10 @@ def _check(packed: Mapping[str, PackedWeight]) -> None:
 def replace_file(path: Path, write: Callable[[Path], object]) -> FileRecord:
     """Put a file into place that `write` makes, whole or not at all."""
     unfinished = path.with_name(path.name + _PARTIAL)
+    unfinished.touch()
+    mode = unfinished.stat().st_mode
     write(unfinished)
+    unfinished.chmod(mode)  # safetensors makes files that nobody else may read
     with unfinished.open("rb") as file:
         os.fsync(file.fileno())
     record = FileRecord.of(unfinished)

@@ -113,6 +113,8 @@ def test_round_trip(variant: str, tiny_checkpoint: Checkpoint, tmp_path: Path) -
     torch.testing.assert_close(logits_of(kept), logits_of(expected), rtol=1e-4, atol=1e-4)
     again = write(CheckpointWriter(tmp_path / "again", source), weights)
     assert content(folder) == content(again)
+    modes = {path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    assert len(modes) == 1, "who may read the list may read the weights"
 
 
 def test_the_engine_runs_it_as_any_other(text_checkpoint: Path, tmp_path: Path) -> None:
