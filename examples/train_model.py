@@ -9,6 +9,8 @@ The whole route, one command after the other (run from the repository's root):
     python -m examples.train_model evaluate    # perplexity of the shipped sample, on a CPU
     python -m examples.train_model card        # the figures in the model card
 
+    python -m examples.train_model compress MODEL TARGET    # sparse, quantized, recovered
+
 That is the dense model. `train`, `evaluate` and `card` take `--shape ple` and `--shape moe` for the
 other two, which share its text, tokens and tokenizer; `mixture` measures the three together, and
 `train --shape large` makes what they have to beat: one model as large as they are together.
@@ -24,13 +26,17 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from conclave.worker.compress.recovery.schedule import Schedule
+
 from .debian_model import corpus, package_lists
 from .debian_model.card import update_card
 from .debian_model.checkpoint import copy_text_files, save_checkpoint
+from .debian_model.compressing import FORMAT, Splits, compress_in_one_shot, recover
 from .debian_model.encoding import Encoded, encode_documents
 from .debian_model.evaluation import (
     final_evaluation,
@@ -152,6 +158,41 @@ def train(shape: Shape, recipe: Recipe, work: Path, model: Path) -> None:
     evaluation = final_evaluation(trainer, splits)
     write_evaluation(model, evaluation)
     say(evaluation["overview"])
+
+
+@app.command("compress")
+def compress_command(
+    original: Annotated[Path, typer.Argument(help="Folder of the trained checkpoint.")],
+    target: Annotated[Path, typer.Argument(help="Folder for the compressed one.")],
+    work: WorkOption = WORK_FOLDER,
+    format: Annotated[str, typer.Option(help="Of every large weight.")] = FORMAT,
+    epochs: Annotated[float, typer.Option(help="Passes over the text to recover.")] = 10.0,
+    learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 1e-3,
+    text_share: Annotated[float, typer.Option(help="Of the loss that is the text.")] = 0.2,
+    gradual: Annotated[float, typer.Option(help="Share of steps with rising sparsity.")] = 0.0,
+    rows_per_step: Annotated[int, typer.Option(help="Rows per optimizer step.")] = 64,
+    rows_at_once: Annotated[int, typer.Option(help="Rows on the device.")] = 32,
+    looks: Annotated[int, typer.Option(help="Looks at the validation text.")] = 20,
+) -> None:
+    """Prune and quantize in one shot, beside TARGET, and recover into it; needs a GPU."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    training, validation = (
+        Encoded.load(work / f"{name}.npz") for name in (corpus.TRAINING, corpus.VALIDATION)
+    )
+    splits = Splits.of(training, validation)
+    one_shot = target.with_name(target.name + "-one-shot")
+    if not (one_shot / "conclave.json").exists():
+        compress_in_one_shot(original, one_shot, splits.training, device, format)
+    schedule = Schedule(
+        steps=int(epochs * len(splits.training) / rows_per_step),
+        sequences=rows_per_step,
+        at_once=rows_at_once,
+        learning_rate=learning_rate,
+        text_share=text_share,
+        gradual=gradual,
+        looks=looks,
+    )
+    recover(one_shot, original, target, splits, schedule, device, say)
 
 
 @app.command("evaluate")

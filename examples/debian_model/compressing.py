@@ -1,0 +1,78 @@
+"""Compression of a trained checkpoint, with Conclave's own tools, on the text it was trained on.
+
+Pruned and quantized in one shot, then recovered by training against the dense model. Rows hold
+several documents, as in training, so that most of a row is text. Given up: documents cut at the
+ends of rows, a few in a hundred, which are learned without their beginning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+
+from conclave.kernels.formats import Format
+from conclave.worker.compress.layerwise import compress_checkpoint
+from conclave.worker.compress.recipe import Recipe
+from conclave.worker.compress.recovery.recover import recover_checkpoint
+from conclave.worker.compress.recovery.schedule import Schedule
+from conclave.worker.compress.recovery.training import Look
+
+from .encoding import Encoded
+
+CALIBRATION_ROWS = 256
+ROW_LENGTH = 1024
+FORMAT = "5:16-int4-g64"
+
+Told = Callable[[object], None]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Rows of tokens, int64 [n, ROW_LENGTH]."""
+
+    training: torch.Tensor
+    validation: torch.Tensor
+
+    @classmethod
+    def of(cls, training: Encoded, validation: Encoded, seed: int = 0) -> Splits:
+        return cls(packed_rows(training, seed), packed_rows(validation, seed))
+
+
+def packed_rows(encoded: Encoded, seed: int) -> torch.Tensor:
+    """All documents end to end, in an order that `seed` decides, cut into rows."""
+    order = numpy.random.default_rng(seed).permutation(len(encoded.ends))
+    pieces = [encoded.tokens[encoded.starts[index] : encoded.ends[index]] for index in order]
+    stream = torch.from_numpy(numpy.concatenate(pieces).astype(numpy.int64))
+    return stream[: len(stream) // ROW_LENGTH * ROW_LENGTH].view(-1, ROW_LENGTH)
+
+
+def compress_in_one_shot(
+    original: Path, target: Path, rows: torch.Tensor, device: torch.device, format: str = FORMAT
+) -> None:
+    """Prune and quantize the layers by their inputs on some of the training rows."""
+    recipe = Recipe(Format.parse(format), "sparsegpt")
+    sample = rows[:CALIBRATION_ROWS]
+    compress_checkpoint(original, target, recipe, sample, device, {"format": format})
+
+
+def recover(
+    one_shot: Path,
+    original: Path,
+    target: Path,
+    splits: Splits,
+    schedule: Schedule,
+    device: torch.device,
+    say: Told,
+) -> list[Look]:
+    """Train what is left against the original, judged by the validation documents."""
+
+    def told(step: int, look: Look | None) -> None:
+        if look is not None:
+            say(look)
+
+    rows = splits.training, splits.validation
+    return recover_checkpoint(one_shot, original, target, *rows, schedule, device, told)
