@@ -1,4 +1,4 @@
-"""`conclave compress`, `evaluate`, `export`, `import`: the worker's own, no model is known here."""
+"""`conclave compress`, `recover`, `export`, ...: the worker's own, as no model is known here."""
 
 import os
 import sys
@@ -14,6 +14,11 @@ def compress(context: typer.Context) -> None:
 def evaluate(context: typer.Context) -> None:
     """Tell what compression did to a model's predictions, by language."""
     _hand_over("evaluate", context)
+
+
+def recover(context: typer.Context) -> None:
+    """Train what a compressed checkpoint keeps against the full one."""
+    _hand_over("recover", context)
 
 
 def export(context: typer.Context) -> None:

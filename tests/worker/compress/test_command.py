@@ -43,6 +43,26 @@ def test_compressed_and_run(text: Path, text_checkpoint: Path, tmp_path: Path) -
     assert again.exit_code == 1 and "finished checkpoint" in again.output
 
 
+def test_recovered(text: Path, text_checkpoint: Path, tmp_path: Path) -> None:
+    pruned, made = tmp_path / "made.one-shot", tmp_path / "made"
+    options = ("--text", text, *SMALL, "--recover", "4", "--json")
+    done = run(text_checkpoint, made, *options)
+    assert done.exit_code == 0, done.output
+    about = json.loads((made / "conclave.json").read_text())["about"]
+    assert about["recovery"]["looks"][-1]["step"] == 4
+    assert about["weights"] == json.loads(done.stdout)["weights"]
+
+    other = tmp_path / "other"
+    by_hand = ("--original", text_checkpoint, "--text", text, "--length", "16", "--steps", "4")
+    assert run(pruned, other, *by_hand, "--device", "cpu", command="recover").exit_code == 0
+    assert (other / "rest.safetensors").read_bytes() == (made / "rest.safetensors").read_bytes()
+
+    again = run(text_checkpoint, tmp_path / "made", *options, "--mode", "magnitude")
+    assert again.exit_code == 1 and "other settings" in " ".join(again.output.split())
+    refused = run(pruned, other, *by_hand, "--gradual", "2", command="recover")
+    assert refused.exit_code == 1 and "gradual is 2" in " ".join(refused.output.split())
+
+
 def test_an_adapter_is_merged(text: Path, text_checkpoint: Path, tmp_path: Path) -> None:
     module = "base_model.model.model.layers.0.self_attn.q_proj"
     settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_dora": False}

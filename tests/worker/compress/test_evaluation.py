@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conclave.kernels.formats import Format
-from conclave.worker.compress.evaluation import Document, Scores, score, summarize
+from conclave.worker.compress.quality.evaluation import Document, Scores, score, summarize
 from conclave.worker.errors import ConfigError
 from conclave.worker.model.config import ModelConfig
 from conclave.worker.model.decoder import Decoder, DenseAttention

@@ -12,9 +12,9 @@ from conclave.kernels.formats import Format
 from conclave.worker import Engine
 from conclave.worker.compress.layerwise import compress_checkpoint
 from conclave.worker.compress.manifest import MANIFEST
+from conclave.worker.compress.quality.report import stored_weights, totals
 from conclave.worker.compress.reader import load_compressed
 from conclave.worker.compress.recipe import Recipe
-from conclave.worker.compress.report import stored_weights, totals
 from conclave.worker.compress.sources.like import Like
 from conclave.worker.errors import CheckpointError, ConfigError
 from conclave.worker.model.config import ModelConfig, cache_groups

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -56,28 +57,9 @@ def recover(
         schedule = Schedule(
             steps, sequences, at_once, learning_rate, text_share, gradual, looks, patience, seed
         )
-        tokenizer, where = Tokenizer(original), device_of(device)
-        tokens = all_sequences(text, tokenizer, length, seed)
-        if held_out is None:
-            aside = math.ceil(len(tokens) / 50)
-            tokens, judged = tokens[aside:], tokens[:aside]
-        else:
-            judged = all_sequences(held_out, tokenizer, length, seed)
-        columns = (
-            *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
-            TimeRemainingColumn(),
+        found = recover_from_text(
+            compressed, target, original, text, held_out, length, schedule, device_of(device)
         )
-        with Progress(*columns, console=_console) as bar:
-            task = bar.add_task("recovering", total=steps)
-
-            def told(step: int, look: Look | None) -> None:
-                bar.update(task, completed=step)
-                if look is not None:
-                    bar.update(task, description=f"held out: KL {look.divergence:.4f}")
-
-            found = recover_checkpoint(
-                compressed, original, target, tokens, judged, schedule, where, told
-            )
     except (ConclaveError, OSError) as error:
         _console.print(f"[red]error:[/red] {error}", highlight=False)
         raise typer.Exit(1) from None
@@ -89,3 +71,39 @@ def recover(
         numbers = (look.training_divergence, look.divergence, look.loss)
         table.add_row(str(look.step), *(f"{number:.4f}" for number in numbers))
     Console().print(table)
+
+
+def recover_from_text(
+    compressed: Path,
+    target: Path,
+    original: Path,
+    text: Path,
+    held_out: Path | None,
+    length: int,
+    schedule: Schedule,
+    device: torch.device,
+) -> list[Look]:
+    """As `recover_checkpoint`, on the text of a file; without `held_out` 1/50 of it is set aside.
+
+    Shows how far it is. Raises ConfigError for text that cannot be read or is too short.
+    """
+    tokenizer = Tokenizer(original)
+    tokens = all_sequences(text, tokenizer, length, schedule.seed)
+    if held_out is None:
+        aside = math.ceil(len(tokens) / 50)
+        tokens, judged = tokens[aside:], tokens[:aside]
+    else:
+        judged = all_sequences(held_out, tokenizer, length, schedule.seed)
+    description = TextColumn("{task.description}")
+    columns = (description, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_console) as bar:
+        task = bar.add_task("recovering", total=schedule.steps)
+
+        def told(step: int, look: Look | None) -> None:
+            bar.update(task, completed=step)
+            if look is not None:
+                bar.update(task, description=f"recovering, KL {look.divergence:.4f}")
+
+        return recover_checkpoint(
+            compressed, original, target, tokens, judged, schedule, device, told
+        )

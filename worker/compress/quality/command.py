@@ -11,15 +11,15 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from ..errors import ConclaveError, ConfigError
-from ..loading import device_of
-from ..model.config import ModelConfig
-from ..model.decoder import Decoder
-from ..text.tokenizer import Tokenizer
-from ..weights import load_decoder
-from .calibration import read_texts
+from ...errors import ConclaveError, ConfigError
+from ...loading import device_of
+from ...model.config import ModelConfig
+from ...model.decoder import Decoder
+from ...text.tokenizer import Tokenizer
+from ...weights import load_decoder
+from ..calibration import read_texts
+from ..reader import is_compressed, load_compressed
 from .evaluation import Document, Summary, score, summarize
-from .reader import is_compressed, load_compressed
 from .report import Stored, as_json, as_markdown, draw, stored_weights
 
 _console = Console(stderr=True)

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
-from ..model.decoder import Decoder, DenseAttention
+from ...errors import ConfigError
+from ...model.decoder import Decoder, DenseAttention
 
 RESAMPLES = 1000
 LEAST_TOKENS = 2000

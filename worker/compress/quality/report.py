@@ -6,9 +6,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ...kernels.formats import SPAN, Format, packed_bytes
+from ....kernels.formats import SPAN, Format, packed_bytes
+from ..manifest import MANIFEST, read_manifest
 from .evaluation import Summary
-from .manifest import MANIFEST, read_manifest
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""Quality: what compression did to a model, told to people and scripts."""
