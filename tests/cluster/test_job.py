@@ -48,7 +48,7 @@ def answers(url: str) -> bool:
 
 @pytest.mark.timeout(300)
 def test_a_submitted_job_serves_the_fleet(ground: Any) -> None:
-    ports = {name: free_port() for name in ("ray", "dashboard", "gateway")}
+    ports = {name: free_port() for name in ("ray", "dashboard", "agent", "gateway")}
     jobs = f"http://127.0.0.1:{ports['dashboard']}"
     # The token makes it work whether or not a local `ray.init()` has left one behind.
     mode = {"RAY_AUTH_MODE": "token"}
@@ -57,6 +57,8 @@ def test_a_submitted_job_serves_the_fleet(ground: Any) -> None:
         "head.log",
         *("ray", "start", "--head", "--block", "--num-cpus=2", f"--port={ports['ray']}"),
         *(f"--dashboard-port={ports['dashboard']}", "--include-dashboard=true"),
+        # Two Rays on one machine would else both want the same one.
+        f"--dashboard-agent-listen-port={ports['agent']}",
         **mode,
         # Only what the job brings along may make the package importable.
         PYTHONPATH="",

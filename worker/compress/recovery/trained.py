@@ -5,6 +5,8 @@ Rounding has no slope, so gradients pass it as if it were not there (straight-th
 al. 2020, arXiv:1902.08153), as logarithms, so that one learning rate does for all sizes.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -25,13 +27,17 @@ class Stored(nn.Module):
     order: Tensor
     scales: Tensor
 
-    def __init__(self, name: str, packed: PackedWeight, original: Tensor) -> None:
+    def __init__(
+        self, name: str, packed: PackedWeight, original: Tensor, mask: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.name = name
         self.format: Format = packed.format
         self.kept = packed.format.kept
-        mask = plain_order(name, mask_of(packed))
-        self.register_buffer("order", _order(mask, original), persistent=False)
+        order = _order(plain_order(name, mask_of(packed)), original)
+        if mask is not None:
+            order = order.masked_fill(~mask, SPAN)
+        self.register_buffer("order", order, persistent=False)
         self.growth: nn.Parameter | None = None
         if packed.scales is not None:
             scales = plain_order(name, _scales_by_row(packed))
@@ -65,17 +71,21 @@ class Stored(nn.Module):
 
 
 def train_packed(
-    decoder: Decoder, packed: dict[str, PackedWeight], values: dict[str, Tensor]
+    decoder: Decoder,
+    packed: Mapping[str, PackedWeight],
+    values: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
 ) -> dict[str, Stored]:
     """Let `decoder`, whose weights are plain, train the `packed` ones in the form they have.
 
-    `values`, by the same names, tell what to keep longest while sparsity is rising. Every other
-    parameter is trained as it is. Returns what holds the maps and scales.
+    `values`, by the same names, tell what to keep longest while sparsity is rising. `masks`, bool
+    [E?, R, K], are for patterns that no format knows: what they leave out is stored as zero. Every
+    other parameter is trained as it is. Returns what holds the maps and scales.
     """
     stored = {}
     for name, weight in packed.items():
         path, _, attribute = name.rpartition(".")
-        own = Stored(name, weight, values[name])
+        own = Stored(name, weight, values[name], masks.get(name))
         module = decoder.get_submodule(path)
         parametrize.register_parametrization(module, attribute, own, unsafe=True)
         stored[name] = own

@@ -8,9 +8,10 @@ up: more than one device, and models whose optimizer does not fit beside them.
 
 import copy
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ class Recovery:
         teacher: the full model, on the same device, in any floating dtype.
         schedule: how to train.
         state: file for what a killed run needs to go on; `key` tells which run it is of.
+        masks: bool [E?, R, K] by name, for patterns that no format knows; see `train_packed`.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Recovery:
         schedule: Schedule,
         state: Path,
         key: str = "",
+        masks: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         self.student, self.teacher, self.schedule = student, teacher, schedule
         self.looks: list[Look] = []
@@ -67,7 +70,7 @@ class Recovery:
         self._state, self._key = state, key
         originals = dict(teacher.named_parameters())
         self._stored: dict[str, Stored] = train_packed(
-            student, packed, {name: originals[name].detach() for name in packed}
+            student, packed, {name: originals[name].detach() for name in packed}, masks
         )
         if schedule.gradual:  # then the student begins as the teacher, and not pruned
             for name in packed:

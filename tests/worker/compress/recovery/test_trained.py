@@ -64,3 +64,12 @@ def test_survivors_first_then_the_largest() -> None:
     assert torch.equal(own(weight) != 0, expected)
     own.kept = 16
     assert torch.equal(own(weight), weight.bfloat16().float())
+
+
+def test_a_pattern_that_no_format_knows() -> None:
+    weight = torch.randn(6, 64)
+    mask = torch.rand(6, 64) < 0.3
+    packed = pack(weight * mask, Format.parse("dense-int4-g64"))
+    own = Stored(NAMES[0], packed, weight, mask)
+    assert not own(weight)[~mask].any() and own(weight)[mask].count_nonzero() > mask.sum() * 0.8
+    assert torch.equal(unpack(own.repacked(weight)), own(weight).detach())

@@ -1,0 +1,227 @@
+"""What compressing a 31B-shaped model takes: device memory, time a layer, and being killed.
+
+A checkpoint with the real sizes of the 31B model but four layers (three sliding, one full), its
+weights random: memory and time do not depend on values. It is compressed once in one go, each layer
+timed, and once killed at ten random points and gone on with; both must have the same bytes. Memory
+is what the driver counts for the whole device, less what was taken before.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+
+from conclave.kernels.formats import Format
+from conclave.worker.compress.layerwise import compress_checkpoint
+from conclave.worker.compress.recipe import Recipe
+from conclave.worker.model.config import ModelConfig
+from conclave.worker.weights import tensor_map
+
+from .records import FOLDER, write_headline, write_result
+from .records import HEADLINE as HEADLINE_FILE
+
+LAYERS = 60
+"""Of the real model."""
+CONFIG: dict[str, Any] = {
+    "architectures": ["Gemma4ForCausalLM"],
+    "attention_bias": False,
+    "attention_k_eq_v": True,
+    "dtype": "bfloat16",
+    "enable_moe_block": False,
+    "final_logit_softcapping": 30.0,
+    "global_head_dim": 512,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 5376,
+    "hidden_size_per_layer_input": 0,
+    "intermediate_size": 21504,
+    "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+    "max_position_embeddings": 131072,
+    "model_type": "gemma4_text",
+    "num_attention_heads": 32,
+    "num_global_key_value_heads": 4,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 16,
+    "num_kv_shared_layers": 0,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {
+        "full_attention": {
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 1_000_000.0,
+            "rope_type": "proportional",
+        },
+        "sliding_attention": {"rope_theta": 10_000.0, "rope_type": "default"},
+    },
+    "sliding_window": 1024,
+    "tie_word_embeddings": True,
+    "vocab_size": 262144,
+}
+TINY = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "vocab_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_global_key_value_heads": 1,
+    "head_dim": 32,
+    "global_head_dim": 64,
+}
+"""Sizes for a dry run."""
+FORMAT = "5:16-int4-g128"
+SEQUENCES, LENGTH = 128, 512
+"""The command's own defaults."""
+KILLS = 10
+console = Console(stderr=True)
+
+
+def main() -> None:
+    """Make, compress, kill, compare, write down."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dry", action="store_true", help="tiny sizes; write no result")
+    parser.add_argument("--kills", type=int, default=KILLS, help="of the second run")
+    parser.add_argument("--out", type=Path, help="a folder that gets a copy of what is written")
+    parser.add_argument("--run", nargs=2, type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.run:
+        compress(*options.run)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "source"
+        make(source, CONFIG | (TINY if options.dry else {}))
+        figures = measure(source, Path(folder), options.kills)
+    console.print_json(json.dumps(figures))
+    if options.dry:
+        return
+    write_result("compression", figures)
+    if (peak := figures["peak_gib"]) is not None:
+        write_headline("compress_peak_gib", peak, "GiB", (peak, peak))
+    if options.out:
+        shutil.copy(FOLDER / "results" / "compression.json", options.out)
+        shutil.copy(HEADLINE_FILE, options.out)
+
+
+def make(folder: Path, config: dict[str, Any]) -> None:
+    """A checkpoint with random weights, a file for each layer."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    files: dict[str, dict[str, torch.Tensor]] = {}
+    draw = torch.Generator().manual_seed(1)
+    for name, target in tensor_map(ModelConfig.load(folder)).items():
+        part = name.split(".")[1] if name.startswith("layers.") else "rest"
+        weight = torch.empty(target.shape, dtype=torch.bfloat16)
+        if weight.dim() == 1:
+            weight.uniform_(0.5, 1.5, generator=draw)
+        else:
+            weight.normal_(std=weight.shape[-1] ** -0.5, generator=draw)
+        files.setdefault(f"model-{part}.safetensors", {})[f"model.{name}"] = weight
+    index = {name: file for file, tensors in files.items() for name in tensors}
+    for file, tensors in files.items():
+        save_file(tensors, folder / file)
+    text = json.dumps({"metadata": {}, "weight_map": index})
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
+def compress(source: Path, target: Path) -> list[float]:
+    """The seconds at which each layer was finished, from the start."""
+    config = ModelConfig.load(source)
+    draw = torch.Generator().manual_seed(2)
+    count, length = (SEQUENCES, LENGTH) if config.vocab_size > 1000 else (8, 64)
+    tokens = torch.randint(3, config.vocab_size, (count, length), generator=draw)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    recipe = Recipe(Format.parse(FORMAT), "sparsegpt", embeddings=Format.parse("dense-int8-g64"))
+    started, done = time.perf_counter(), [0.0]
+
+    def told(_: int, __: int) -> None:
+        done.append(time.perf_counter() - started)
+
+    compress_checkpoint(source, target, recipe, tokens, device, {}, told)
+    done.append(time.perf_counter() - started)
+    return done
+
+
+def measure(source: Path, folder: Path, kills: int) -> dict[str, Any]:
+    """One run in one go, one that is killed, and whether they are alike."""
+    with Watch() as watch:
+        done = compress(source, folder / "whole")
+    layers = [later - earlier for earlier, later in pairwise(done)][:-1]
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    random.seed(3)
+    command = (sys.executable, "-m", "benchmarks.compression", "--run")
+    killed = 0
+    while not (folder / "killed" / "conclave.json").exists():
+        run = subprocess.Popen([*command, str(source), str(folder / "killed")])
+        patience = random.uniform(0.1, 0.9) * done[-1] if killed < kills else None
+        try:
+            run.wait(patience)
+        except subprocess.TimeoutExpired:
+            run.kill()
+            run.wait()
+            killed += 1
+            continue
+        if run.returncode:
+            raise SystemExit(f"the run that was killed {killed} times ended in an error")
+    return {
+        "what": "31B-shaped, random weights, 3 sliding layers and 1 full one",
+        "format": FORMAT,
+        "calibration": [SEQUENCES, LENGTH],
+        "peak_gib": watch.peak_gib,
+        "seconds_a_layer": [round(each, 2) for each in layers],
+        "seconds_of_the_rest": round(done[-1] - done[-2], 2),
+        "hours_of_60_layers": round(LAYERS * sum(layers) / len(layers) / 3600, 3),
+        "killed": killed,
+        "same_bytes": digests(folder / "whole") == digests(folder / "killed"),
+    }
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Of every file."""
+    return {
+        path.name: hashlib.file_digest(path.open("rb"), "sha256").hexdigest()
+        for path in sorted(folder.iterdir())
+    }
+
+
+class Watch:
+    """The most device memory that was taken while it was on, all processes and the driver's own."""
+
+    def __init__(self) -> None:
+        self.peak_gib: float | None = None
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> "Watch":
+        if torch.cuda.is_available():
+            free, total = torch.cuda.mem_get_info()
+            self._before = total - free
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _look(self) -> None:
+        most = 0
+        while not self._end.wait(0.01):
+            free, total = torch.cuda.mem_get_info()
+            most = max(most, total - free - self._before)
+            self.peak_gib = round(most / 2**30, 3)
+
+
+if __name__ == "__main__":
+    main()
