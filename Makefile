@@ -5,6 +5,8 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 PROTOS := $(wildcard protos/*.proto)
+# Tests that time a whole fleet, and so want the machine for themselves.
+ALONE := tests/cluster tests/faults
 
 .PHONY: demo test check protos kernels bench soak clean
 
@@ -12,7 +14,8 @@ demo: $(VENV)/runtime ## three CPU workers answer alone and as an ensemble, over
 	$(BIN)/conclave demo
 
 test: $(VENV)/development ## every test that this machine can run
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile $(addprefix --ignore=,$(ALONE))
+	$(BIN)/python -m pytest $(ALONE)
 
 check: $(VENV)/development ## style and types
 	$(BIN)/ruff check .

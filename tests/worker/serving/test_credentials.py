@@ -64,7 +64,15 @@ def asks(channel: grpc.Channel) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("shown", ["", "wrong", SECRET[:-1], SECRET + "x"])
+@pytest.mark.parametrize(
+    "shown",
+    [
+        pytest.param("", id="nothing"),
+        pytest.param("wrong", id="wrong"),
+        pytest.param(SECRET[:-1], id="too short"),
+        pytest.param(SECRET + "x", id="too long"),
+    ],
+)
 @pytest.mark.parametrize(
     "call", ["describe", "complete", "generate", "drain", "converse", "reflection"]
 )
