@@ -7,11 +7,12 @@ from conclave.kernels.launching.loader import Bundle
 from conclave.kernels.launching.targets import ALL
 from conclave.kernels.launching.variant import Variant
 
-TARGETS = ("sm_90", "gfx1100")
-"""One of each vendor: the others have as many registers, and every target takes 20 s to compile."""
+TARGETS = ("sm_89", "sm_90", "gfx1100", "gfx1201")
 EXPECTED = {
+    "sm_89": {"sparse_gemv", "token_pairs", "tile_mma", "dense_gemv", "interleave"},
     "sm_90": {"sparse_gemv", "token_pairs", "tile_wgmma", "dense_gemv", "interleave"},
     "gfx1100": {"sparse_gather", "dense_gemv"},
+    "gfx1201": {"sparse_gather", "dense_gemv"},
 }
 
 
