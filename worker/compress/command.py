@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -11,18 +12,18 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
 from ...kernels.errors import LayoutError
 from ...kernels.formats import Format
-from ..errors import ConclaveError, ConfigError
+from ..errors import ConfigError
 from ..knobs import Knobs
 from ..loading import device_of, fingerprint
 from ..model.config import ModelConfig
 from ..text.tokenizer import Tokenizer
 from .calibration import sequences
-from .layerwise import Told, compress_checkpoint, measure
+from .console import errors_told, progress, stderr
+from .layerwise import compress_checkpoint, measure
 from .manifest import MANIFEST, read_manifest
 from .pruning import MODES, Mode
 from .recipe import Outcome, Recipe, allotted
@@ -32,7 +33,6 @@ from .sources.adapter import Adapter
 from .sources.like import Like
 
 FORMAT, EMBEDDINGS = "5:16-int4-g64", "dense-int8-g64"
-_console = Console(stderr=True)
 
 
 def compress(
@@ -79,7 +79,7 @@ def compress(
     as_json: Annotated[bool, typer.Option("--json", help="say what became of it as JSON")] = False,
 ) -> None:
     """Compress a Gemma 4 checkpoint layer by layer; run it again to go on after an interruption."""
-    try:
+    with errors_told():
         way, knobs = _mode(mode), _knobs(sparsity, weight_bits)
         recipe = _recipe(format, knobs, way, dict(map(_exception, keep or [])))
         recipe = replace(recipe, embeddings=_embeddings(embeddings or EMBEDDINGS))
@@ -98,9 +98,7 @@ def compress(
             )
         tuned = None if adapter is None else Adapter(adapter, ModelConfig.load(source))
         if tuned is not None and tuned.unused:
-            _console.print(
-                f"the adapter changes more than text: {len(tuned.unused)} tensors unused"
-            )
+            stderr.print(f"the adapter changes more than text: {len(tuned.unused)} tensors unused")
         about: dict[str, object] = {
             "source": fingerprint(source),
             "format": str(recipe.format or ""),
@@ -108,27 +106,26 @@ def compress(
             "keep": keep or [],
             "sparsity": sparsity,
             "embeddings": str(recipe.embeddings or ""),
-            "calibration": {"sequences": count, "length": length, "seed": seed},
+            "calibration": {
+                **{"sequences": count, "length": length, "seed": seed},
+                "sha256": sha256(tokens.numpy().tobytes()).hexdigest(),
+            },
             "torch": version("torch"),
         }
-        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         pruned = target if recover is None else target.with_name(target.name + ".one-shot")
-        outcomes = [] if recover is None else _made(pruned, about)
+        like_print = None if pattern is None else pattern.fingerprint
+        outcomes = [] if recover is None else _made(pruned, {**about, "like": like_print})
+        if not outcomes and sparsity is not None and not (sparsity == 0 and _is_dense(recipe)):
+            with progress("measuring") as told:
+                recipe = allotted(recipe, measure(source, tokens, where, told, tuned), sparsity)
         if not outcomes:
-            with Progress(*columns, console=_console) as bar:
-                if sparsity is not None and not (sparsity == 0 and _is_dense(recipe)):
-                    found = measure(source, tokens, where, _told(bar, "measuring"), tuned)
-                    recipe = allotted(recipe, found, sparsity)
-                told = _told(bar, "compressing")
+            with progress("compressing") as told:
                 outcomes = compress_checkpoint(
                     source, pruned, recipe, tokens, where, about, told, tuned, pattern
                 )
         if recover is not None:
             schedule = Schedule(steps=recover, seed=seed)
             recover_from_text(pruned, target, source, text, None, length, schedule, where)
-    except (ConclaveError, OSError) as error:
-        _console.print(f"[red]error:[/red] {error}", highlight=False)
-        raise typer.Exit(1) from None
     if as_json:
         json.dump({"target": str(target), "weights": list(map(asdict, outcomes))}, sys.stdout)
         return
@@ -137,11 +134,6 @@ def compress(
         few = str(each.by_weights_alone or "")
         table.add_row(each.name, each.format, f"{each.error:.4f}", str(each.inputs), few)
     Console().print(table)
-
-
-def _told(bar: Progress, what: str) -> Told:
-    task = bar.add_task(what, total=None)
-    return lambda done, layers: bar.update(task, completed=done, total=layers)
 
 
 def _made(folder: Path, about: Mapping[str, object]) -> list[Outcome]:

@@ -2,23 +2,19 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
-from ...errors import ConclaveError, ConfigError
+from ...errors import ConfigError
+from ..console import errors_told, progress, stderr
 from .exporter import STYLES, Exported, Style, export_checkpoint
 from .importer import Imported, import_checkpoint
-
-_console = Console(stderr=True)
 
 
 def export(
@@ -31,11 +27,11 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="say what became of it as JSON")] = False,
 ) -> None:
     """Write a compressed checkpoint as one that stock Hugging Face loaders read."""
-    with _errors_told(), _bar("exporting") as told:
+    with errors_told(), progress("exporting") as told:
         outcomes = export_checkpoint(source, target, _style(format), told, exact)
     plain = [each for each in outcomes if "plain" in each.written_as and "int" in each.format]
     if plain and format == "pack-quantized":
-        _console.print(
+        stderr.print(
             f"plain values are written of {len(plain)} weights of integers: stock loaders have no "
             "quantized form of experts, embeddings and heads"
             + ("" if exact else " (rounded to the checkpoint's dtype; --exact does not)")
@@ -53,7 +49,7 @@ def import_(
     as_json: Annotated[bool, typer.Option("--json", help="say what became of it as JSON")] = False,
 ) -> None:
     """Take a quantized checkpoint over as a compressed one, no code or scale changed."""
-    with _errors_told(), _bar("importing") as told:
+    with errors_told(), progress("importing") as told:
         outcomes = import_checkpoint(source, target, maps, told)
     _say(target, outcomes, as_json)
 
@@ -63,23 +59,6 @@ def _style(text: str) -> Style:
         if style == text:
             return style
     raise ConfigError(f"--format is {text!r}; choose one of {', '.join(STYLES)}")
-
-
-@contextmanager
-def _errors_told() -> Iterator[None]:
-    try:
-        yield
-    except (ConclaveError, OSError) as error:
-        _console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
-        raise typer.Exit(1) from None
-
-
-@contextmanager
-def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_console) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, files: bar.update(task, completed=done, total=files)
 
 
 def _say(target: Path, outcomes: Sequence[Exported | Imported], as_json: bool) -> None:

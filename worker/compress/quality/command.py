@@ -9,20 +9,18 @@ import torch
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from ...errors import ConclaveError, ConfigError
+from ...errors import ConfigError
 from ...loading import device_of
 from ...model.config import ModelConfig
 from ...model.decoder import Decoder
 from ...text.tokenizer import Tokenizer
 from ...weights import load_decoder
 from ..calibration import read_texts
+from ..console import errors_told, progress, stderr
 from ..reader import is_compressed, load_compressed
 from .evaluation import Document, Summary, score, summarize
 from .report import Stored, as_json, as_markdown, draw, stored_weights
-
-_console = Console(stderr=True)
 
 
 def evaluate(
@@ -36,14 +34,12 @@ def evaluate(
     json_output: Annotated[bool, typer.Option("--json", help="the report as JSON")] = False,
 ) -> None:
     """Perplexity, divergence and agreement against the original, by language."""
-    try:
+    with errors_told():
         where = device_of(device)
         sample = _documents(text, Tokenizer(original), documents, length)
         pair = _load(original, where), _load(model, where)
-        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=_console) as bar:
-            task = bar.add_task("reading", total=len(sample))
-            scores = score(*pair, sample, lambda done, _: bar.update(task, completed=done))
+        with progress("reading") as told:
+            scores = score(*pair, sample, told)
         about = {"model": str(model), "original": str(original), "text": str(text)}
         parts = (summarize(scores), stored_weights(model) if is_compressed(model) else [])
         report = as_json(about, *parts)
@@ -52,9 +48,6 @@ def evaluate(
             (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
             (out / "report.md").write_text(as_markdown(about, *parts))
             _draw(parts, out)
-    except (ConclaveError, OSError) as error:
-        _console.print(f"[red]error:[/red] {error}", highlight=False)
-        raise typer.Exit(1) from None
     if json_output:
         json.dump(report, sys.stdout)
     else:
@@ -88,4 +81,4 @@ def _draw(parts: tuple[list[Summary], list[Stored]], folder: Path) -> None:
     try:
         draw(*parts, folder)
     except ImportError:
-        _console.print("no pictures: they need matplotlib (pip install matplotlib)")
+        stderr.print("no pictures: they need matplotlib (pip install matplotlib)")

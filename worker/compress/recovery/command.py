@@ -10,18 +10,16 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ...errors import ConclaveError
 from ...loading import device_of
 from ...text.tokenizer import Tokenizer
 from ..calibration import all_sequences
+from ..console import errors_told, progress
 from .recover import recover_checkpoint
 from .schedule import Schedule
 from .training import Look
 
-_console = Console(stderr=True)
 _DEFAULT = Schedule()
 
 
@@ -53,16 +51,13 @@ def recover(
     as_json: Annotated[bool, typer.Option("--json", help="the looks as JSON")] = False,
 ) -> None:
     """Train what a compressed checkpoint keeps; run it again to go on after an interruption."""
-    try:
+    with errors_told():
         schedule = Schedule(
             steps, sequences, at_once, learning_rate, text_share, gradual, looks, patience, seed
         )
         found = recover_from_text(
             compressed, target, original, text, held_out, length, schedule, device_of(device)
         )
-    except (ConclaveError, OSError) as error:
-        _console.print(f"[red]error:[/red] {error}", highlight=False)
-        raise typer.Exit(1) from None
     if as_json:
         json.dump({"target": str(target), "looks": list(map(asdict, found))}, sys.stdout)
         return
@@ -94,16 +89,12 @@ def recover_from_text(
         tokens, judged = tokens[aside:], tokens[:aside]
     else:
         judged = all_sequences(held_out, tokenizer, length, schedule.seed)
-    description = TextColumn("{task.description}")
-    columns = (description, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_console) as bar:
-        task = bar.add_task("recovering", total=schedule.steps)
+    with progress("recovering") as told:
 
-        def told(step: int, look: Look | None) -> None:
-            bar.update(task, completed=step)
-            if look is not None:
-                bar.update(task, description=f"recovering, KL {look.divergence:.4f}")
+        def step_told(step: int, look: Look | None) -> None:
+            name = None if look is None else f"recovering, KL {look.divergence:.4f}"
+            told(step, schedule.steps, name)
 
         return recover_checkpoint(
-            compressed, original, target, tokens, judged, schedule, device, told
+            compressed, original, target, tokens, judged, schedule, device, step_told
         )
