@@ -29,44 +29,25 @@ from conclave.worker.compress.layerwise import compress_checkpoint
 from conclave.worker.compress.recipe import Recipe
 from conclave.worker.model.config import ModelConfig
 from conclave.worker.weights import tensor_map
+from examples.debian_model.architecture import CONFIG as SMALL
 
 from .records import FOLDER, write_headline, write_result
 from .records import HEADLINE as HEADLINE_FILE
 
 LAYERS = 60
 """Of the real model."""
-CONFIG: dict[str, Any] = {
-    "architectures": ["Gemma4ForCausalLM"],
-    "attention_bias": False,
-    "attention_k_eq_v": True,
-    "dtype": "bfloat16",
-    "enable_moe_block": False,
-    "final_logit_softcapping": 30.0,
+CONFIG: dict[str, Any] = SMALL | {
     "global_head_dim": 512,
     "head_dim": 256,
-    "hidden_activation": "gelu_pytorch_tanh",
     "hidden_size": 5376,
-    "hidden_size_per_layer_input": 0,
     "intermediate_size": 21504,
     "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
     "max_position_embeddings": 131072,
-    "model_type": "gemma4_text",
     "num_attention_heads": 32,
     "num_global_key_value_heads": 4,
     "num_hidden_layers": 4,
     "num_key_value_heads": 16,
-    "num_kv_shared_layers": 0,
-    "rms_norm_eps": 1e-6,
-    "rope_parameters": {
-        "full_attention": {
-            "partial_rotary_factor": 0.25,
-            "rope_theta": 1_000_000.0,
-            "rope_type": "proportional",
-        },
-        "sliding_attention": {"rope_theta": 10_000.0, "rope_type": "default"},
-    },
     "sliding_window": 1024,
-    "tie_word_embeddings": True,
     "vocab_size": 262144,
 }
 TINY = {

@@ -37,6 +37,8 @@ from examples.debian_model.encoding import Encoded
 
 from .records import write_result
 
+NORM_ROWS, JUDGED_ROWS = 8, 64
+"""Training rows that tell what weights are fed, and validation rows that choose the best step."""
 console = Console(stderr=True)
 
 
@@ -97,6 +99,8 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="folder with its encoded text")
     parser.add_argument("--steps", type=int, default=400, help="of recovery")
     parser.add_argument("--rows", type=int, default=64, help="of 1,024 tokens in a step")
+    parser.add_argument("--judged", type=int, default=JUDGED_ROWS, help="rows of validation text")
+    parser.add_argument("--held-out", type=int, help="rows of held-out text; all if left out")
     parser.add_argument("--part", default="0/1", help="I/N: every N-th way, from the I-th")
     parser.add_argument("--out", type=Path, help="folder for the result instead of results/")
     options = parser.parse_args()
@@ -106,6 +110,8 @@ def main() -> None:
         name: packed_rows(Encoded.load(options.work / f"{name}.npz"), seed=0)
         for name in ("training", "validation", "heldout")
     }
+    splits["heldout"] = splits["heldout"][: options.held_out]
+    splits["validation"] = splits["validation"][: options.judged]
     bench = Bench(options.model, splits, options.steps, options.rows, device)
     points = [bench.point(way) for way in track(WAYS[first::step], console=console)]
     figures = {"model": options.model.name, "steps": options.steps, "points": points}
@@ -126,7 +132,7 @@ class Bench:
         self.schedule = Schedule(steps=steps, sequences=rows, at_once=min(rows, 32), looks=4)
         self.config = ModelConfig.load(model)
         self.teacher = self.load().requires_grad_(False)
-        self.norms = dict(norms_of(self.teacher, splits["training"][:32].to(device)))
+        self.norms = dict(norms_of(self.teacher, splits["training"][:NORM_ROWS].to(device)))
         self.loss = self.held_out(self.teacher)
 
     def load(self) -> Decoder:

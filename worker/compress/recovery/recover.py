@@ -14,9 +14,7 @@ from ...loading import fingerprint
 from ...model.config import ModelConfig
 from ...weights import load_decoder
 from ..checkpoint import CheckpointWriter
-from ..contents import Contents
-from ..manifest import MANIFEST, read_manifest
-from ..reader import load_compressed, read_weights
+from ..reader import load_compressed, read_list, read_weights
 from .schedule import Schedule
 from .training import Look, Recovery, Told
 
@@ -40,7 +38,7 @@ def recover_checkpoint(
     config = ModelConfig.load(compressed)
     if ModelConfig.load(original) != config:
         raise CheckpointError(f"{compressed} and {original} are not of the same model")
-    manifest, contents = read_manifest(compressed / MANIFEST), Contents(config)
+    manifest, contents = read_list(compressed, config)
     key = _key(compressed, original, tokens, held_out)
     student = load_compressed(compressed, config, device, torch.float32, packed=False)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

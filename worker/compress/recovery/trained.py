@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ....kernels.formats import SPAN, Format, PackedWeight
-from ....kernels.layouts import mask_of, pack
+from ....kernels.layouts import mask_of, pack, scales_of
 from ...model.decoder import Decoder
 from ...model.packed import packed_order, plain_order
 
@@ -40,7 +40,7 @@ class Stored(nn.Module):
         self.register_buffer("order", order, persistent=False)
         self.growth: nn.Parameter | None = None
         if packed.scales is not None:
-            scales = plain_order(name, _scales_by_row(packed))
+            scales = plain_order(name, scales_of(packed).float())
             # A group that was all zeros may come to life.
             least = scales[scales > 0].min() if bool((scales > 0).any()) else scales.new_ones(())
             self.register_buffer("scales", scales.clamp(min=least), persistent=False)
@@ -106,13 +106,6 @@ def _order(mask: Tensor, original: Tensor) -> Tensor:
     places = torch.arange(SPAN, dtype=torch.uint8, device=mask.device).expand_as(falling)
     order = torch.empty_like(falling, dtype=torch.uint8).scatter_(-1, falling, places)
     return order.flatten(-2)
-
-
-def _scales_by_row(packed: PackedWeight) -> Tensor:
-    """float32 [E?, R, K/group]."""
-    assert packed.scales is not None
-    rows = packed.scales.movedim(-3, -2).flatten(-2)[..., : packed.rows]
-    return rows.transpose(-1, -2).float()
 
 
 def _round(values: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ was killed goes on from the last look at the held-out text, through the same num
 up: more than one device, and models whose optimizer does not fit beside them.
 """
 
-import copy
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -216,7 +215,7 @@ class Recovery:
         self.best = None if state["best"] is None else self.looks[state["best"]]
         self._best_values = state["best_values"]
         self._restore(state["values"])
-        self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        self._optimizer.load_state_dict(state["optimizer"])
 
 
 def _batches(count: int, schedule: Schedule, done: int) -> Iterator[Tensor]:
