@@ -2,8 +2,9 @@
 
 A checkpoint with the real sizes of the 31B model but four layers (three sliding, one full), its
 weights random: memory and time do not depend on values. It is compressed once in one go, each layer
-timed, and once killed at ten random points and gone on with; both must have the same bytes. Memory
-is what the driver counts for the whole device, less what was taken before.
+timed, and once killed at ten random points and gone on with; both must have the same bytes. Kills
+come after up to a third of the whole time, so that most interrupt a layer that an earlier one did.
+Memory is what the driver counts for the whole device, less what was taken before.
 """
 
 import argparse
@@ -77,6 +78,7 @@ def main() -> None:
     parser.add_argument("--run", nargs=2, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
+        print("begun", flush=True)
         compress(*options.run)
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -144,8 +146,11 @@ def measure(source: Path, folder: Path, kills: int) -> dict[str, Any]:
     command = (sys.executable, "-m", "benchmarks.compression", "--run")
     killed = 0
     while not (folder / "killed" / "conclave.json").exists():
-        run = subprocess.Popen([*command, str(source), str(folder / "killed")])
-        patience = random.uniform(0.1, 0.9) * done[-1] if killed < kills else None
+        files = str(source), str(folder / "killed")
+        run = subprocess.Popen([*command, *files], stdout=subprocess.PIPE)
+        assert run.stdout is not None
+        run.stdout.readline()
+        patience = random.uniform(0, done[-1] / 3) if killed < kills else None
         try:
             run.wait(patience)
         except subprocess.TimeoutExpired:

@@ -202,6 +202,7 @@ class Experts(nn.Module):
         output: Tensor = (per_token * weights[..., None]).sum(1).to(hidden.dtype)
         return output
 
+    @torch.compiler.disable  # the slices' lengths are different every time
     def run(self, inputs: Tensor, chosen: Tensor) -> Tensor:
         """Each of `inputs` [n, hidden] by its expert, `chosen` [n] in ascending order."""
         counts = chosen.bincount(minlength=len(self.gate_up)).tolist()

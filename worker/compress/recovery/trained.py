@@ -26,6 +26,7 @@ class Stored(nn.Module):
 
     order: Tensor
     scales: Tensor
+    kept: Tensor
 
     def __init__(
         self, name: str, packed: PackedWeight, original: Tensor, mask: Tensor | None = None
@@ -33,7 +34,9 @@ class Stored(nn.Module):
         super().__init__()
         self.name = name
         self.format: Format = packed.format
-        self.kept = packed.format.kept
+        # No plain number: compiled code is made for the one it has met.
+        kept = torch.tensor(packed.format.kept, dtype=torch.uint8, device=packed.device)
+        self.register_buffer("kept", kept, persistent=False)
         order = _order(plain_order(name, mask_of(packed)), original)
         if mask is not None:
             order = order.masked_fill(~mask, SPAN)

@@ -58,11 +58,11 @@ def test_survivors_first_then_the_largest() -> None:
     mask[:, :4] = True
     packed = pack(weight, Format.parse("4:16-bf16"), mask=mask)
     own = Stored(NAMES[0], packed, weight)
-    own.kept = 6
+    own.kept.fill_(6)
     expected = mask.clone()
     expected[:, 14:] = True
     assert torch.equal(own(weight) != 0, expected)
-    own.kept = 16
+    own.kept.fill_(16)
     assert torch.equal(own(weight), weight.bfloat16().float())
 
 
