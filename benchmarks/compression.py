@@ -127,8 +127,9 @@ def compress(source: Path, target: Path) -> list[float]:
     recipe = Recipe(Format.parse(FORMAT), "sparsegpt", embeddings=Format.parse("dense-int8-g64"))
     started, done = time.perf_counter(), [0.0]
 
-    def told(_: int, __: int) -> None:
+    def told(finished: int, count: int) -> None:
         done.append(time.perf_counter() - started)
+        console.print(f"{finished} of {count} after {done[-1]:.1f} s", style="dim")
 
     compress_checkpoint(source, target, recipe, tokens, device, {}, told)
     done.append(time.perf_counter() - started)

@@ -9,9 +9,7 @@
 Expanding writes the dense weight, or a bounded number of its rows at a time, into scratch memory
 that all layers share, and leaves the product to the vendor's library. On a CPU the reference runs.
 `linear`, `gated_linear`, `grouped_linear` are torch custom ops: they work on fake tensors, in
-`torch.compile` and, once called, in CUDA graphs. Importing this file keeps the vendor's library, in
-the whole process, from adding partial sums in bfloat16: rounded weights, sums and results together
-would be more than 3e-3 off.
+`torch.compile` and, once called, in CUDA graphs.
 """
 
 import threading
@@ -36,8 +34,6 @@ MANY = 256
 """Tokens above which decoding for every 128 of them costs more than expanding once (an H100)."""
 MOST_EXPANDED = 1 << 28
 """Weights that are written out dense at once: all of any layer, but not of a head."""
-
-torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 _scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 _lock = threading.Lock()
@@ -190,6 +186,10 @@ def _multiply_dense(
     gated: bool,
 ) -> None:
     """`_multiply` by the weight written out."""
+    if len(x) <= sparse.MOST_TOKENS and weight.scales is not None:
+        # Weights rounded as results are: of a single token, that can be more than 3e-3 off.
+        _multiply_exactly(x, weight, out, residual, scale, gated)
+        return
     dense_weight = expand(weight, _expanded(weight, x.dtype)).t()
     if gated:
         pairs = torch.mm(x, dense_weight).unflatten(-1, (-1, 2))
@@ -199,6 +199,24 @@ def _multiply_dense(
         torch.addmm(out, x, dense_weight, beta=0, alpha=scale, out=out)
     else:
         torch.addmm(residual, x, dense_weight, beta=scale, alpha=scale, out=out)
+
+
+def _multiply_exactly(
+    x: Tensor,
+    weight: PackedWeight,
+    out: Tensor,
+    residual: Tensor | None,
+    scale: float,
+    gated: bool,
+) -> None:
+    """`_multiply_dense` in float32, rounded once."""
+    exact = torch.mm(x.float(), expand(weight, _expanded(weight, torch.float32)).t())
+    if gated:
+        gate, up = exact.unflatten(-1, (-1, 2)).unbind(-1)
+        exact = F.gelu(gate, approximate="tanh") * up
+    elif residual is not None:
+        exact += residual
+    out.copy_(exact * scale)
 
 
 def _on_tensor_cores(x: Tensor, weight: PackedWeight) -> bool:

@@ -162,7 +162,7 @@ class Recovery:
         device, parts = self.student.embedding.weight.device, []
         with torch.no_grad(), _autocast(device):
             for part in held_out.split(self.schedule.at_once):
-                found = self._losses(self.student, self.teacher, part.to(device))
+                found = losses(self.student, self.teacher, part.to(device))
                 parts.append(found * (len(part) / len(held_out)))
         look = Look(self._step, *training, *torch.stack(parts).sum(0).tolist())
         if not look.divergence < float("inf"):
