@@ -80,7 +80,8 @@ def compress_checkpoint(
         writer = CheckpointWriter(target, source, _key(recipe, tokens, about))
         finished = writer.finished_layers()
         rest = _without_layers(config, reader)
-        tables, rounded = pack_tables(rest, recipe, {} if like is None else like.maps(REST))
+        maps_of_tables = {} if like is None else like.maps(REST)
+        tables, rounded = pack_tables(rest, recipe, maps_of_tables, device)
         run = _Run(config, rest, tokens, device)
         for index in range(len(config.layers)):
             layer = _layer(index, config, reader, device)

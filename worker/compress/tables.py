@@ -11,24 +11,24 @@ import torch
 from torch import Tensor
 
 from ...kernels.errors import LayoutError
-from ...kernels.formats import PackedWeight
-from ...kernels.layouts import pack, rows_at
+from ...kernels.formats import Format, PackedWeight, from_tensors
+from ...kernels.layouts import pack, unpack
 from ..errors import ConfigError
 from ..model.decoder import Decoder
-from ..model.packed import fill, tables
+from ..model.packed import tables
 from .recipe import Outcome, Recipe
 
-_ROWS = 4096
-"""Rows whose error is found at once."""
+_ROWS = 1 << 14
+"""Rows that are packed at once, whole tiles."""
 
 
 def pack_tables(
-    rest: Decoder, recipe: Recipe, maps: Mapping[str, Tensor]
+    rest: Decoder, recipe: Recipe, maps: Mapping[str, Tensor], device: torch.device
 ) -> tuple[dict[str, PackedWeight], list[Outcome]]:
     """Pack what the recipe wants of `rest`, a decoder without its layers, by name.
 
     `rest` then has the rounded values, for what follows to see. `maps` tell of some who survives.
-    Raises ConfigError for a format that does not fit.
+    Packed are some rows at a time, on `device`. Raises ConfigError for a format that does not fit.
     """
     packed: dict[str, PackedWeight] = {}
     outcomes = []
@@ -40,22 +40,30 @@ def pack_tables(
                 outcomes.append(Outcome(name, "as it was", 0.0, 0, 0))
             continue
         try:
-            packed[name] = pack(plain.detach(), format, maps.get(name))
-        except LayoutError as error:
+            packed[name], error = _rounded(plain.detach(), format, maps.get(name), device)
+        except LayoutError as problem:
             raise ConfigError(
-                f"{name} cannot be stored as {format}: {error}; leave it as it is (--keep), or "
+                f"{name} cannot be stored as {format}: {problem}; leave it as it is (--keep), or "
                 "choose another format"
-            ) from error
-        outcomes.append(Outcome(name, str(format), _error(plain, packed[name]), 0, 0))
-        fill(name, plain, packed[name])
+            ) from problem
+        outcomes.append(Outcome(name, str(format), error, 0, 0))
     return packed, outcomes
 
 
-def _error(plain: Tensor, packed: PackedWeight) -> float:
-    """See `Outcome.error`."""
+def _rounded(
+    plain: Tensor, format: Format, mask: Tensor | None, device: torch.device
+) -> tuple[PackedWeight, float]:
+    """`plain` [R, K] as it is stored, with that put in its place, and `Outcome.error`."""
+    parts: list[dict[str, Tensor]] = []
     off = whole = 0.0
-    for index in torch.arange(packed.rows, device=plain.device).split(_ROWS):
-        own = plain[int(index[0]) : int(index[-1]) + 1]
-        off += float((own - rows_at(packed, index)).square().sum())
+    for first in range(0, len(plain), _ROWS):
+        rows = slice(first, first + _ROWS)
+        own = plain[rows].to(device)
+        part = pack(own, format, None if mask is None else mask[rows].to(device))
+        stored = unpack(part)
+        off += float((own - stored).square().sum())
         whole += float(own.square().sum())
-    return off / whole
+        plain[rows] = stored.to(plain.device)
+        parts.append({kind: tensor.to(plain.device) for kind, tensor in part.tensors().items()})
+    tensors = {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}
+    return from_tensors(format, len(plain), plain.shape[1], tensors), off / whole
