@@ -48,9 +48,11 @@ def kv_formats(
     max_error: float,
     weights: Mapping[int, Tensor],
 ) -> tuple[KVFormat, ...]:
-    """The format of each group, all of whose vectors two digits can hold within `max_error`.
+    """The format of each group, whose vectors two digits can hold within `max_error`.
 
-    `weights` are the `key_weights` of the model.
+    That is so for every value, and for a key that is stored. One that is made of a value which lies
+    where k_norm's weight is next to nothing may be further off; storing it says so. `weights` are
+    the `key_weights` of the model.
     """
     return tuple(_format(config, group, max_error, weights) for group in groups)
 
@@ -104,7 +106,5 @@ def _format(
 
 
 def _spread(weight: Tensor) -> float:
-    """How many times worse than its value a key can be off."""
-    sizes = weight.abs()
-    least = float(sizes.min())
-    return float(sizes.max()) / least if least > 0 else math.inf
+    """How many times worse than its value a key is off, if the value is spread over its columns."""
+    return float(weight.abs().max() / weight.square().mean().sqrt().clamp(min=1e-30))
