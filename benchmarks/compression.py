@@ -2,8 +2,8 @@
 
 A checkpoint with the real sizes of the 31B model but four layers (three sliding, one full), its
 weights random: memory and time do not depend on values. It is compressed once in one go, each layer
-timed, and once killed at ten random points and gone on with; both must have the same bytes. Kills
-come after up to a third of the whole time, so that most interrupt a layer that an earlier one did.
+timed, and twice at once while it is killed at ten random points in all and gone on with; all must
+have the same bytes. Kills come after up to a third of the whole time: most interrupt some layer.
 Memory is what the driver counts for the whole device, less what was taken before.
 """
 
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ TINY = {
 FORMAT = "5:16-int4-g128"
 SEQUENCES, LENGTH = 128, 512
 """The command's own defaults."""
-KILLS = 10
+KILLS, AT_ONCE = 10, 2
 console = Console(stderr=True)
 
 
@@ -143,24 +144,15 @@ def measure(source: Path, folder: Path, kills: int) -> dict[str, Any]:
     layers = [later - earlier for earlier, later in pairwise(done)][:-1]
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    random.seed(3)
-    command = (sys.executable, "-m", "benchmarks.compression", "--run")
-    killed = 0
-    while not (folder / "killed" / "conclave.json").exists():
-        files = str(source), str(folder / "killed")
-        run = subprocess.Popen([*command, *files], stdout=subprocess.PIPE)
-        assert run.stdout is not None
-        run.stdout.readline()
-        patience = random.uniform(0, done[-1] / 3) if killed < kills else None
-        try:
-            run.wait(patience)
-        except subprocess.TimeoutExpired:
-            run.kill()
-            run.wait()
-            killed += 1
-            continue
-        if run.returncode:
-            raise SystemExit(f"the run that was killed {killed} times ended in an error")
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        shares = [kills // AT_ONCE + (number < kills % AT_ONCE) for number in range(AT_ONCE)]
+        folders = [folder / f"killed-{number}" for number in range(AT_ONCE)]
+        runs = [
+            pool.submit(kill_and_go_on, source, target, share, done[-1] / 3, number)
+            for number, (target, share) in enumerate(zip(folders, shares, strict=True))
+        ]
+        killed = sum(run.result() for run in runs)
+    whole = digests(folder / "whole")
     return {
         "what": "31B-shaped, random weights, 3 sliding layers and 1 full one",
         "format": FORMAT,
@@ -170,8 +162,28 @@ def measure(source: Path, folder: Path, kills: int) -> dict[str, Any]:
         "seconds_of_the_rest": round(done[-1] - done[-2], 2),
         "hours_of_60_layers": round(LAYERS * sum(layers) / len(layers) / 3600, 3),
         "killed": killed,
-        "same_bytes": digests(folder / "whole") == digests(folder / "killed"),
+        "same_bytes": all(digests(target) == whole for target in folders),
     }
+
+
+def kill_and_go_on(source: Path, target: Path, kills: int, patience: float, seed: int) -> int:
+    """Compress in other processes, so many of which are killed within `patience` seconds."""
+    draw, killed = random.Random(seed), 0
+    command = (sys.executable, "-m", "benchmarks.compression", "--run", str(source), str(target))
+    while not (target / "conclave.json").exists():
+        run = subprocess.Popen(command, stdout=subprocess.PIPE)
+        assert run.stdout is not None
+        run.stdout.readline()
+        try:
+            run.wait(draw.uniform(0, patience) if killed < kills else None)
+        except subprocess.TimeoutExpired:
+            run.kill()
+            run.wait()
+            killed += 1
+            continue
+        if run.returncode:
+            raise SystemExit(f"the run that was killed {killed} times ended in an error")
+    return killed
 
 
 def digests(folder: Path) -> dict[str, str]:
