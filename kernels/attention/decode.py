@@ -1,0 +1,304 @@
+"""Attention of one query a sequence over a paged cache, of narrow numbers or plain ones.
+
+out[b, h] = sum over keys j of softmax(query[b, h] keys[j]) values[j], scale 1, for
+offsets[b] - window < j <= offsets[b]. Time is that of reading keys and values, each once: all heads
+that share a key are rows of one product. A program has a share of a sequence's keys for one of its
+key heads (flash decoding); `splits` has what comes before and after.
+
+Narrow keys stay turned. With q' = f (q1 + q2 / 254) and x' = s c, the score is f s (q1 c + q2 c /
+254), sums of whole numbers; out' = sum of p s c, with p s in float16 under a running maximum of it,
+so that scales never touch codes. A second digit costs the same again, in tiles that have one.
+
+Where keys are made of values, the columns that RoPE does not turn are scored as they are (k_norm's
+weight is in q'); the 2 P others are turned back by a product with signs, weighted, turned by RoPE
+at the key's position, and multiplied by the query's own numbers in float16. Cosines and sines are
+read in float16, off by 2^-12: a copy of the rule's tables, made once.
+
+It gave up keys that sequences share, which are read for each of them, and several queries of one
+sequence, which `prefill` takes.
+"""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..errors import KernelInputError
+from ..launching.targets import target_of
+from ..sparse_gemv import overlaps
+from ..workspace import PARTIALS, workspace
+from .cache import KeyRule, KVFormat, NarrowCache
+from .decode_tiles import decode_narrow, decode_plain
+from .splits import join_splits, shape_of, turn_query
+
+PlainCache = tuple[Tensor, Tensor]
+"""Keys and values, [pages, page_size, kv_heads, head_dim] each, bfloat16 or float16."""
+EVERYTHING = 1 << 30
+"""The window of layers without one."""
+MOST_SPLITS = 128
+_LIFTED = 2.0**-14
+"""Takes back `decode_tiles._LIFT`."""
+_START = 96
+"""Keys that a program could read in the time that it needs to start and to end."""
+_QUERIES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Plan(NamedTuple):
+    """How programs of decode attention are made."""
+
+    tile: int
+    """Keys of a step."""
+    chunk: int
+    """Columns, of bytes or numbers, of one product."""
+    warps: int
+    stages: int
+    programs: int
+    """On a processor at the same time."""
+
+
+def plan_of(narrow: bool, width: int) -> Plan:
+    """For heads of `width` bytes of codes, or of so many numbers."""
+    chunk = width & -width
+    chunk = min(chunk, 128) if chunk >= 32 else max(32, 1 << (width - 1).bit_length())
+    return Plan(64 if narrow else 32, chunk, 4, 2, 2)
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 2
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@lru_cache(maxsize=4096)
+def splits_of(slots: int, units: int, keys: int, room: int) -> int:
+    """Programs that share the `keys` of each of `units` (sequence, key head).
+
+    `slots` programs run at the same time, and `room` is the most. The fewest rounds of programs
+    count, times what each has to do.
+    """
+
+    def time(splits: int) -> float:
+        return -(-units * splits // slots) * (keys / splits + _START)
+
+    return min(range(1, max(1, min(room, MOST_SPLITS, keys // 64)) + 1), key=time)
+
+
+def decode(
+    query: Tensor,
+    cache: NarrowCache | PlainCache,
+    tables: Tensor,
+    offsets: Tensor,
+    window: int | None,
+    rule: KeyRule | None,
+    out: Tensor,
+) -> None:
+    """One query a sequence: `reference.attention`, or `..reference.paged_attention`, with L = 1.
+
+    Args:
+        query: [B, heads, head_dim], contiguous; head h reads kv head h // (heads / kv_heads). Over
+            a plain cache of its dtype; else bfloat16, float16 or float32.
+        cache: a layer's narrow pages, or plain keys and values.
+        tables: int64 or int32 [B, n]: pages of the rows, shorter ones filled up with any page.
+        offsets: int64 [B]: the last key that a row sees; key j lies in page `tables[b, j //
+            page_size]`, and no page beyond the last key's, or before the window's, is read.
+        window: how many keys a row sees at most; None for all.
+        rule: how keys are made of values, if the cache stores values alone.
+        out: like `query`; written.
+
+    Results depend on B and n, as these choose how sums are split, but on nothing else than numbers.
+    Raises KernelInputError for what does not fit; nothing was launched then.
+    """
+    fault = _misfit(query, cache, tables, offsets, window, rule, out)
+    if fault:
+        raise KernelInputError(f"decode attention: {fault}")
+    most = _most_rows(*query.shape[1:])
+    for part in range(0, len(query), most):
+        own = slice(part, part + most)
+        _decode(query[own], cache, tables[own], offsets[own], window, rule, out[own])
+
+
+def _decode(
+    query: Tensor,
+    cache: NarrowCache | PlainCache,
+    tables: Tensor,
+    offsets: Tensor,
+    window: int | None,
+    rule: KeyRule | None,
+    out: Tensor,
+) -> None:
+    rows, heads, dim = query.shape
+    narrow = isinstance(cache, NarrowCache)
+    kv_heads, page = _heads_and_page(cache)
+    group = heads // kv_heads
+    overlap = query.is_cuda and overlaps(target_of(query.get_device()))
+    plan = plan_of(narrow, cache.format.width if isinstance(cache, NarrowCache) else dim)
+    keys = tables.shape[1] * page if window is None else min(tables.shape[1] * page, window)
+    space = workspace(query.device)[0]
+    spare = 0 if not narrow else rows * heads * (dim + 2)
+    room = (len(space) - spare) // (rows * heads * (dim + 2))
+    splits = splits_of(plan.programs * _processors(query.device), rows * kv_heads, keys, room)
+    sums, space = _cut(space, rows * heads * splits * dim)
+    marks, space = _cut(space, rows * heads * splits * 2)
+    numbers = (tables.shape[1], kv_heads, group, window or EVERYTHING)
+    grid, options = (rows * kv_heads, splits), _options(overlap)
+    if isinstance(cache, NarrowCache):
+        form, pool = cache.format, cache.overflow
+        weight, turns = (None, None) if rule is None else (rule.weight, _turns(rule))
+        digits, space = _cut(space, rows * heads * dim // 2)
+        factors, space = _cut(space, rows * heads * 2)
+        own = space[: rows * heads * (form.pairs or 0)]
+        turn_query.launch(
+            (rows * heads,),
+            *(digits.view(torch.int8), own.view(torch.float16), factors, query, weight),
+            constants=_head(form, overlap),
+            options=options,
+        )
+        decode_narrow.launch(
+            grid,
+            *(sums, marks, digits.view(torch.int8), own.view(torch.float16), factors),
+            *(cache.codes.view(torch.int8), cache.scales, cache.second),
+            *(pool.codes.view(torch.int8), pool.scales, tables, offsets, weight, turns, *numbers),
+            constants=_narrow(form, group, page, plan, overlap),
+            warps=plan.warps,
+            stages=plan.stages,
+            options=options,
+        )
+        ending = {**_head(form, overlap), "TURNED": True}
+    else:
+        decode_plain.launch(
+            grid,
+            *(sums, marks, query, *cache, tables, offsets, *numbers),
+            constants=_plain(dim, group, page, plan, overlap),
+            warps=plan.warps,
+            stages=plan.stages,
+            options=options,
+        )
+        ending = _plain_head(dim, overlap)
+    join_splits.launch(
+        (rows * heads,),
+        *(out, sums, marks, splits, _LIFTED if narrow else 1.0),
+        constants={**ending, "AT_ONCE": _AT_ONCE},
+        options=options,
+    )
+
+
+_AT_ONCE = 16
+"""Splits that are loaded together."""
+
+
+def _cut(space: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The first numbers, and the rest, which is aligned to 16 bytes."""
+    return space[:count], space[-(-count // 4) * 4 :]
+
+
+def _options(overlap: bool) -> dict[str, bool]:
+    return {"launch_pdl": True} if overlap else {}
+
+
+def _head(form: KVFormat, overlap: bool) -> dict[str, Any]:
+    shape = shape_of(form.head_dim, form.block)
+    return {"DIM": form.head_dim, "PAIRS": form.pairs or 0, **shape, "OVERLAP": overlap}
+
+
+def _plain_head(dim: int, overlap: bool) -> dict[str, Any]:
+    shape = shape_of(dim, dim & -dim)
+    return {"DIM": dim, "PAIRS": 0, **shape, "TURNED": False, "OVERLAP": overlap}
+
+
+def _rows(group: int) -> int:
+    return max(16, 1 << (group - 1).bit_length())
+
+
+def _narrow(form: KVFormat, group: int, page: int, plan: Plan, overlap: bool) -> dict[str, Any]:
+    pairs = form.pairs or 0
+    return {
+        **{"DIM": form.head_dim, "BITS": form.bits, "SIDES": form.sides, "PAIRS": pairs},
+        **{"COUNT": max(16, 1 << (pairs - 1).bit_length()) if pairs else 16, "BLOCK": form.block},
+        **{"PAGE": page, "ROWS": _rows(group), "TILE": plan.tile, "CHUNK": plan.chunk},
+        "OVERLAP": overlap,
+    }
+
+
+def _plain(dim: int, group: int, page: int, plan: Plan, overlap: bool) -> dict[str, Any]:
+    return {
+        **{"DIM": dim, "PAGE": page, "ROWS": _rows(group), "TILE": plan.tile},
+        **{"CHUNK": plan.chunk, "OVERLAP": overlap},
+    }
+
+
+_turn_tables: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _turns(rule: KeyRule) -> Tensor:
+    """float16 [positions, 2, pairs]: cosines and sines; made at the first call for a rule."""
+    found: Tensor | None = _turn_tables.get(rule.cosines)
+    if found is None:
+        found = torch.stack((rule.cosines, rule.sines), 1).half()
+        _turn_tables[rule.cosines] = found
+    return found
+
+
+def _heads_and_page(cache: NarrowCache | PlainCache) -> tuple[int, int]:
+    if isinstance(cache, NarrowCache):
+        return cache.format.kv_heads, cache.page_size
+    return cache[0].shape[2], cache[0].shape[1]
+
+
+def _most_rows(heads: int, dim: int) -> int:
+    """Sequences that the workspace has room for; a power of two, so that slices are aligned."""
+    most = PARTIALS // (heads * (2 * dim + 4))
+    return 1 << (most.bit_length() - 1)
+
+
+def _misfit(
+    query: Tensor,
+    cache: NarrowCache | PlainCache,
+    tables: Tensor,
+    offsets: Tensor,
+    window: int | None,
+    rule: KeyRule | None,
+    out: Tensor,
+) -> str:
+    """What is wrong with the arguments, or nothing."""
+    if query.dim() != 3 or query.dtype not in _QUERIES:
+        return f"query is {query.dtype} {tuple(query.shape)}, not floats [B, heads, head_dim]"
+    rows, heads, dim = query.shape
+    if isinstance(cache, NarrowCache):
+        form, own = cache.format, cache.format.head_dim
+        tensors = [cache.codes, cache.scales, cache.second]
+        tensors += [cache.overflow.codes, cache.overflow.scales]
+        if (rule is None) != (form.pairs is None):
+            return "keys are made of values by a rule, if and only if the cache stores values alone"
+        if rule is not None:
+            tensors += [rule.weight, rule.cosines, rule.sines]
+            wanted = (len(rule.cosines), form.pairs)
+            if rule.weight.shape != (dim,) or not (
+                tuple(rule.cosines.shape) == tuple(rule.sines.shape) == wanted
+            ):
+                return f"the rule must have [{dim}] weights and tables [positions, {form.pairs}]"
+    else:
+        tensors, own = list(cache), cache[0].shape[-1]
+        if cache[0].dim() != 4 or cache[0].shape != cache[1].shape:
+            return "keys and values must be [pages, page_size, kv_heads, head_dim] alike"
+        if query.dtype == torch.float32 or any(each.dtype != query.dtype for each in cache):
+            return f"query is {query.dtype}, the cache {cache[0].dtype}; both bfloat16 or float16"
+        if rule is not None:
+            return "a plain cache has keys; it takes no rule"
+    kv_heads, _ = _heads_and_page(cache)
+    if own != dim or heads % kv_heads:
+        return f"query has {heads} heads of {dim}, the cache {kv_heads} of {own}"
+    if tables.dim() != 2 or len(tables) != rows or tables.dtype not in (torch.int64, torch.int32):
+        return f"tables is {tables.dtype} {tuple(tables.shape)}; it must be int64 [{rows}, n]"
+    if offsets.dtype != torch.int64 or offsets.shape != (rows,):
+        return f"offsets is {offsets.dtype} {tuple(offsets.shape)}; it must be int64 [{rows}]"
+    if window is not None and window < 1:
+        return f"the window is {window}"
+    if out.shape != query.shape or out.dtype != query.dtype:
+        return f"out is {out.dtype} {tuple(out.shape)}; it must be like query"
+    for tensor in (query, tables, offsets, out, *tensors):
+        if not tensor.is_contiguous() or tensor.device != query.device:
+            return f"{tuple(tensor.shape)} on {tensor.device} must be contiguous, on {query.device}"
+    return ""
