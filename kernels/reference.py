@@ -28,10 +28,12 @@ class Pages:
     offsets: Tensor
     """int64 [B]: the key index of each row's first query."""
     window: int | None
-    bias: Tensor
+    begins: tuple[int, ...]
+    """`offsets` as the host knows them; empty where L is 1."""
+    bias: Tensor | None
     """[B, 1, L, blocks * block_size] in the queries' dtype: the rule above, 0 if seen, else -inf.
 
-    A kernel that masks as it goes needs `offsets` and `window` only.
+    None for kernels, which mask as they go.
     """
 
 
@@ -42,16 +44,20 @@ def plan_pages(
     *,
     queries: int,
     block_size: int,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
+    begins: tuple[int, ...] = (),
 ) -> Pages:
-    """The `Pages` of rows with `queries` queries each; `dtype` is the queries'."""
+    """The `Pages` of rows with `queries` queries each, of `dtype`; None for kernels."""
+    if dtype is None:
+        return Pages(tables, offsets, window, begins, None)
     keys = torch.arange(tables.shape[1] * block_size, device=tables.device)
     own = (offsets[:, None] + torch.arange(queries, device=tables.device))[..., None]
     hidden = keys > own
     if window is not None:
         hidden |= keys <= own - window
     bias = torch.zeros(hidden.shape, dtype=dtype, device=tables.device)
-    return Pages(tables, offsets, window, bias.masked_fill_(hidden, -torch.inf)[:, None])
+    seen = bias.masked_fill_(hidden, -torch.inf)[:, None]
+    return Pages(tables, offsets, window, begins, seen)
 
 
 def write_kv(
@@ -72,6 +78,7 @@ def paged_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, pages
     Caches are [blocks, block_size, kv_heads, head_dim]; query head h reads kv head
     h // (heads / kv_heads). Keys that no query sees must be finite: they are multiplied by zero.
     """
+    assert pages.bias is not None, "planned for kernels"
     rows, queries, heads, head_dim = query.shape
     kv_heads = key_cache.shape[2]
     blocks = pages.tables.flatten()

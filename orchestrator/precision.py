@@ -13,7 +13,7 @@ def precision_of(message: DescribeResponse | WorkerInfo) -> Precision | None:
     if not message.HasField("precision"):
         return None
     said = message.precision
-    return Precision(said.sparsity, said.weight_bits, said.bits_per_weight)
+    return Precision(said.sparsity, said.weight_bits, said.bits_per_weight, said.kv_error)
 
 
 def precision_message(precision: Precision | None) -> Message | None:

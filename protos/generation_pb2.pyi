@@ -123,22 +123,26 @@ class GenerateRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., prompt: _Optional[_Union[Prompt, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., whole: _Optional[bool] = ..., made: _Optional[_Iterable[_Union[Made, _Mapping]]] = ..., knobs: _Optional[_Union[Knobs, _Mapping]] = ...) -> None: ...
 
 class Knobs(_message.Message):
-    __slots__ = ("sparsity", "weight_bits")
+    __slots__ = ("sparsity", "weight_bits", "max_error")
     SPARSITY_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_BITS_FIELD_NUMBER: _ClassVar[int]
+    MAX_ERROR_FIELD_NUMBER: _ClassVar[int]
     sparsity: float
     weight_bits: int
-    def __init__(self, sparsity: _Optional[float] = ..., weight_bits: _Optional[int] = ...) -> None: ...
+    max_error: float
+    def __init__(self, sparsity: _Optional[float] = ..., weight_bits: _Optional[int] = ..., max_error: _Optional[float] = ...) -> None: ...
 
 class Precision(_message.Message):
-    __slots__ = ("sparsity", "weight_bits", "bits_per_weight")
+    __slots__ = ("sparsity", "weight_bits", "bits_per_weight", "kv_error")
     SPARSITY_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_BITS_FIELD_NUMBER: _ClassVar[int]
     BITS_PER_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    KV_ERROR_FIELD_NUMBER: _ClassVar[int]
     sparsity: float
     weight_bits: int
     bits_per_weight: float
-    def __init__(self, sparsity: _Optional[float] = ..., weight_bits: _Optional[int] = ..., bits_per_weight: _Optional[float] = ...) -> None: ...
+    kv_error: float
+    def __init__(self, sparsity: _Optional[float] = ..., weight_bits: _Optional[int] = ..., bits_per_weight: _Optional[float] = ..., kv_error: _Optional[float] = ...) -> None: ...
 
 class Made(_message.Message):
     __slots__ = ("ids", "ended")

@@ -58,9 +58,7 @@ class Engine:
         self.model = load_model(config, progress)
         self._loop = EngineLoop(self.model, config, self._gone)
         model = self.model
-        limits = Limits.of(
-            config, model.vocabulary, model.cache.max_context, model.storage.precision
-        )
+        limits = Limits.of(config, model.vocabulary, model.cache.max_context, model.precision)
         self.intake = Intake(self.model.tokenizer, limits)
         self.load: Load = self._loop.state()
         """State after the last step; safe to read from any thread."""

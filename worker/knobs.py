@@ -17,6 +17,8 @@ from .precision import Precision
 MOST_SPARSITY = 0.75
 """What 4:16 prunes."""
 WEIGHT_BITS = (4, 8, 16)
+LEAST_ERROR, MOST_ERROR = 0.001, 0.5
+"""Less is hardly more than what bfloat16 itself is off; more would keep nothing."""
 GROUP = 64
 """Columns that share a scale: 64 divides the widths of every Gemma 4, 128 not."""
 _SPAN = 16
@@ -28,7 +30,7 @@ _ROUNDING = 1e-6
 class Knobs(BaseModel):
     """How much of a model is kept, and what it may take.
 
-    Of a request it is the least that the answering worker's weights must be.
+    Of a request it is the least that the answering worker must keep.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -37,6 +39,9 @@ class Knobs(BaseModel):
     """The fraction of the large weights (attention, MLP, experts) that is pruned, on average."""
     weight_bits: int | None = None
     """Bits of a large weight's value: 4, 8, or 16 for exact bfloat16."""
+    max_error: float | None = None
+    """||x - stored|| / ||x|| at most, of every key and value of every token, layer and head: they
+    are then stored in narrow numbers. None stores them in the model's dtype."""
     memory_budget: float | str | None = None
     """What weights, KV cache and workspace of a worker may take together: GiB, or a share of the
     device's memory such as "60%"."""
@@ -53,6 +58,13 @@ class Knobs(BaseModel):
     def _are_stored(cls, value: int | None) -> int | None:
         if value not in (None, *WEIGHT_BITS):
             raise ValueError(f"choose one of {', '.join(map(str, WEIGHT_BITS))}")
+        return value
+
+    @field_validator("max_error")
+    @classmethod
+    def _can_be_promised(cls, value: float | None) -> float | None:
+        if value is not None and not LEAST_ERROR <= value <= MOST_ERROR:
+            raise ValueError(f"must be {LEAST_ERROR} to {MOST_ERROR}, relative to the vector")
         return value
 
     @field_validator("memory_budget", mode="before")
@@ -108,6 +120,9 @@ class Knobs(BaseModel):
         if self.weight_bits is not None and found.weight_bits < self.weight_bits:
             text = f"is at least {self.weight_bits}, but the weights here have {found.weight_bits}"
             broken.append(Violation("knobs.weight_bits", text))
+        if self.max_error is not None and found.kv_error > self.max_error:
+            text = f"is {self.max_error:g}, but keys and values here can be kept within"
+            broken.append(Violation("knobs.max_error", f"{text} {found.kv_error:.3g} at best"))
         return broken
 
     def misses(self, found: Precision) -> list[str]:
@@ -127,6 +142,7 @@ class Knobs(BaseModel):
         """As limits of a request."""
         parts = [] if self.sparsity is None else [f"sparsity at most {self.sparsity:g}"]
         parts += [] if self.weight_bits is None else [f"weight_bits at least {self.weight_bits}"]
+        parts += [] if self.max_error is None else [f"max_error at most {self.max_error:g}"]
         return ", ".join(parts)
 
 
@@ -134,7 +150,8 @@ def _violations(error: ValidationError) -> Iterator[Violation]:
     for each in error.errors():
         name = ".".join(["knobs", *map(str, each["loc"][:1])])
         if each["type"] == "extra_forbidden":
-            yield Violation(name, "is unknown; a request may have sparsity and weight_bits")
+            known = "sparsity, weight_bits and max_error"
+            yield Violation(name, f"is unknown; a request may have {known}")
         else:
             text = each["msg"].removeprefix("Value error, ")
             yield Violation(name, f"{text} (got {each['input']!r})")

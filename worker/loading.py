@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -19,6 +19,9 @@ from .model.config import ModelConfig, cache_groups
 from .model.decoder import Decoder
 from .model.packed import pack_decoder, packable, round_decoder
 from .model.storage import Storage, storage_of
+from .narrow import key_weights, kv_formats, second_share, token_bytes
+from .precision import Precision
+from .running.caches import NarrowCaches, PlainCaches
 from .running.runner import ModelRunner
 from .scheduling.sizing import CachePlan, context_of, plan_cache
 from .scheduling.workspace import workspace
@@ -46,6 +49,7 @@ class LoadedModel:
     tokenizer: Tokenizer
     cache: CachePlan
     storage: Storage
+    precision: Precision
     windows: tuple[int | None, ...]
     """Sliding window of each cache group."""
     device: torch.device
@@ -99,17 +103,17 @@ def load_model(config: EngineConfig, progress: Progress | None = None) -> Loaded
         _check_knobs(config, storage)
     budget = _budget_left(config, model, storage, device, dtype)
     decoder = _decoder(folder, model, device, dtype, format, progress)
-    groups = cache_groups(model)
     memory = _free_memory(device) if budget is None else budget
-    plan = plan_cache(config, groups, model.max_position_embeddings, dtype.itemsize, memory)
-    runner = ModelRunner(decoder, model, plan.blocks, config.block_size, device, dtype)
+    plan, caches, kv_error = _caches(config, model, decoder, memory, device, dtype)
+    runner = ModelRunner(decoder, model, caches, config.block_size, device, dtype)
     return LoadedModel(
         config=model,
         runner=runner,
         tokenizer=tokenizer,
         cache=plan,
         storage=storage,
-        windows=tuple(group.window for group in groups),
+        precision=replace(storage.precision, kv_error=kv_error),
+        windows=tuple(group.window for group in cache_groups(model)),
         device=device,
         dtype=dtype,
         parameters=sum(parameter.numel() for parameter in blank.parameters()),
@@ -158,6 +162,33 @@ def _decoder(
         pack_decoder(decoder, format)
         torch.cuda.empty_cache()
     return decoder
+
+
+def _caches(
+    config: EngineConfig,
+    model: ModelConfig,
+    decoder: Decoder,
+    memory: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[CachePlan, PlainCaches | NarrowCaches, float]:
+    """The KV cache in so much memory, and the least error that it can keep vectors within."""
+    groups, size = cache_groups(model), config.block_size
+    context, error = model.max_position_embeddings, config.knobs.max_error
+    if error is None:
+        bytes_each = [group.bytes_per_token(dtype.itemsize) for group in groups]
+        plan = plan_cache(config, groups, context, bytes_each, memory)
+        return plan, PlainCaches.empty(model, plan.blocks, size, device, dtype), 0.0
+    weights = key_weights(decoder)
+    formats = kv_formats(model, groups, error, weights)
+    shares = [second_share(format, error) for format in formats]
+    bytes_each = [token_bytes(*each) for each in zip(groups, formats, shares, strict=True)]
+    plan = plan_cache(config, groups, context, bytes_each, memory)
+    caches = NarrowCaches(
+        *(model, formats, shares, plan.blocks, size),
+        *(weights, plan.max_context, error, device),
+    )
+    return plan, caches, max(format.worst for format in formats)
 
 
 def _canonical_json(path: Path) -> bytes:

@@ -14,7 +14,7 @@ from collections.abc import Sequence as Items
 from torch import Tensor
 
 from .config import EngineConfig
-from .errors import ConclaveError, DeadlineExceeded, InvalidRequest, Unavailable
+from .errors import ConclaveError, DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
 from .load import Load, Meter
 from .loading import LoadedModel
 from .requests.answer import Answer, start_sequences
@@ -46,6 +46,7 @@ class EngineLoop:
         )
         self.scheduler = Scheduler(blocks, config.max_sequences, config.max_step_tokens)
         self._model = model
+        self._config = config
         self._gone = gone
         self._meter = Meter()
         self._answers: dict[str, Answer] = {}
@@ -168,11 +169,11 @@ class EngineLoop:
         for share in shares:
             self._answers[share.sequence.request_id].start(now)
         chunks = [self._chunk(share) for share in shares]
-        runner = self._model.runner
-        runner.wipe(self.scheduler.blocks.take_soiled())
+        runner, blocks = self._model.runner, self.scheduler.blocks
+        runner.renew(blocks.take_renewed())
+        runner.wipe(blocks.take_soiled())
         try:
             logits = runner.forward(chunks)[:, : self._model.vocabulary]
-            broken = runner.broken
         except Exception as error:
             # One step's requests are lost; the engine goes on with the others.
             log.exception("the model failed in a step of %d sequences", len(shares))
@@ -180,13 +181,38 @@ class EngineLoop:
                 failure = Unavailable(f"the model failed: {error}")
                 self.fail(share.sequence.request_id, failure, sound=False)
             return
-        for number in broken:  # before its blocks are known to the prefix cache
+        for number in runner.broken:  # before its blocks are known to the prefix cache
             self._break(shares[number].sequence)
+        if runner.overfull:
+            self._make_room([shares[number].sequence for number in runner.overfull])
         self._commit(shares, chunks, logits)
 
     def _break(self, sequence: Sequence) -> None:
         error = Unavailable("the model produced NaN; its weights or kernels are broken")
         self.fail(sequence.request_id, error, sound=False)
+
+    def _make_room(self, overfull: Items[Sequence]) -> None:
+        """Compute sequences again whose keys or values could not be stored within their error.
+
+        Then with fewer beside them, and without the prefix cache. One that was alone is refused.
+        """
+        blocks = self.scheduler.blocks
+        alone = self.scheduler.holders == 1 and not any(pool.cached for pool in blocks.pools)
+        for sequence in overfull:
+            if sequence.state is not State.RUNNING:  # its request has just failed
+                continue
+            if not alone:
+                self.scheduler.give_way(sequence)
+                continue
+            error = Overloaded(
+                "keys or values of this text cannot be kept within max_error "
+                f"{sequence.max_error or self._config.knobs.max_error}: the pool of second digits "
+                "is full with it alone, or two digits are too few; allow a larger error, or give "
+                "the KV cache more memory",
+                retry_after=1.0,
+            )
+            self.fail(sequence.request_id, error, sound=False)
+        blocks.forget()
 
     def _chunk(self, share: Share) -> Chunk:
         sequence, start = share.sequence, share.sequence.computed
@@ -195,7 +221,8 @@ class EngineLoop:
         scored = self._first_scored(sequence, start, end)
         if scored is not None:
             logits = end - scored
-        return Chunk(sequence.tokens[start:end], start, sequence.tables, logits)
+        tokens = sequence.tokens[start:end]
+        return Chunk(tokens, start, sequence.tables, logits, sequence.max_error)
 
     def _first_scored(self, sequence: Sequence, start: int, end: int) -> int | None:
         """The first position in [start, end) whose logits score a wanted prompt token."""
@@ -213,7 +240,7 @@ class EngineLoop:
         for share, chunk in zip(shares, chunks, strict=True):
             sequence, own = share.sequence, logits[row : row + chunk.logits]
             row += chunk.logits
-            if sequence.state is State.FINISHED:  # its request has just failed
+            if sequence.state is not State.RUNNING:  # it has just failed, or given way
                 continue
             self._score_prompt(sequence, chunk, own)
             self.scheduler.commit(share)

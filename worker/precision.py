@@ -17,6 +17,9 @@ class Precision:
     bits_per_weight: float
     """What one takes in the device's memory, scales, positions and padding included. On a CPU,
     where packed weights are unpacked, that is as much as without compression."""
+    kv_error: float = 0.0
+    """The least relative error that every key and value can be kept within; 0 if they are not
+    rounded."""
 
     def __str__(self) -> str:
         return f"{self.weight_bits}-bit values, {self.sparsity:.1%} pruned"

@@ -153,6 +153,7 @@ def attention(
 
     Query head h reads kv head h // (heads / kv_heads).
     """
+    assert pages.bias is not None, "planned for kernels"
     keys, values = read(cache, pages.tables, rule)
     mixed = F.scaled_dot_product_attention(
         query.float().transpose(1, 2),
@@ -183,7 +184,8 @@ def _error(left: Tensor, exact: Tensor, format: KVFormat, rule: KeyRule | None) 
     if rule is not None:
         missing, whole = (turned_back(own, format) * rule.weight for own in (left, exact))
         errors = errors.maximum(missing.norm(dim=-1) / whole.norm(dim=-1).clamp(min=1e-30))
-    return errors.amax(1)
+    largest: Tensor = errors.amax(1)
+    return largest
 
 
 def _packed(codes: Tensor, format: KVFormat) -> Tensor:

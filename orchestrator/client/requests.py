@@ -88,7 +88,7 @@ class Options(Sampling, total=False):
     select: Select
     """Which workers may answer; any by default."""
     knobs: Knobs | Mapping[str, object]
-    """The least that their weights must be: `weight_bits` or more, `sparsity` or less."""
+    """The least that must be kept: `weight_bits` or more, `sparsity` and `max_error` or less."""
     timeout: float | None
     """Seconds until DeadlineExceeded; None waits for ever. Default: the client's."""
     request_id: str
@@ -168,7 +168,9 @@ def knobs_message(knobs: Knobs | Mapping[str, object] | None) -> generation_pb2.
         return None
     given = knobs.model_dump() if isinstance(knobs, Knobs) else knobs
     checked = Knobs.checked(given)
-    return generation_pb2.Knobs(sparsity=checked.sparsity, weight_bits=checked.weight_bits)
+    return generation_pb2.Knobs(
+        sparsity=checked.sparsity, weight_bits=checked.weight_bits, max_error=checked.max_error
+    )
 
 
 def sampling_message(options: Options) -> generation_pb2.SamplingParams:

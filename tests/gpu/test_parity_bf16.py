@@ -16,6 +16,7 @@ import torch
 from conclave.worker.model.config import ModelConfig, cache_groups
 from conclave.worker.model.decoder import Decoder, DenseAttention
 from conclave.worker.running.batch import Chunk
+from conclave.worker.running.caches import PlainCaches
 from conclave.worker.running.runner import ModelRunner
 from conclave.worker.weights import load_decoder
 
@@ -75,7 +76,8 @@ def paged_logits(decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:
     config = decoder.config
     groups = cache_groups(config)
     blocks = (6 * COUNT,) * len(groups)
-    runner = ModelRunner(decoder, config, blocks, 4, tokens.device, torch.bfloat16)
+    caches = PlainCaches.empty(config, blocks, 4, tokens.device, torch.bfloat16)
+    runner = ModelRunner(decoder, config, caches, 4, tokens.device, torch.bfloat16)
     rows = tokens.tolist()
     tables = [(range(6 * row, 6 * row + 6),) * len(groups) for row in range(COUNT)]
     pieces = [(0, 13), *((start, start + 1) for start in range(13, LENGTH))]

@@ -12,6 +12,7 @@ import torch
 from conclave.worker import Engine
 from conclave.worker.errors import Unavailable
 from conclave.worker.running.batch import Chunk
+from conclave.worker.running.caches import PlainCaches
 
 TinyCheckpoint = Callable[[int | str], Path]
 
@@ -39,7 +40,8 @@ def engine(tiny_checkpoint: TinyCheckpoint, request: Any) -> Iterator[Engine]:
 def assert_clean(engine: Engine) -> None:
     """After a further step no block holds NaN, and none is held."""
     engine.generate([9], **ASKED)
-    for caches in engine.model.runner.caches.values():
+    assert isinstance(engine.model.runner.caches, PlainCaches)
+    for caches in engine.model.runner.caches.tensors.values():
         assert not any(cache.isnan().any() for cache in caches)
     assert [pool.used for pool in engine.load.pools] == [0, 0]
 
@@ -87,7 +89,8 @@ def test_what_a_failed_step_has_written_is_wiped(
     engine: Engine, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = engine.model.runner
-    forward = runner.forward
+    forward, caches = runner.forward, runner.caches
+    assert isinstance(caches, PlainCaches)
 
     def fail(chunks: list[Chunk]) -> torch.Tensor:
         forward(chunks)
@@ -95,7 +98,7 @@ def test_what_a_failed_step_has_written_is_wiped(
             for number, group in enumerate(runner.groups):
                 blocks = [block for block in chunk.tables[number] if block >= 0]
                 for layer in group.layers:
-                    for cache in runner.caches[layer]:
+                    for cache in caches.tensors[layer]:
                         cache[blocks] = torch.nan
         raise RuntimeError("half done")
 

@@ -64,7 +64,8 @@ def test_a_budget_is_gib_or_a_share(budget: Any, size: int | None) -> None:
         ("memory_budget", 0, "give GiB"),
         ("memory_budget", float("inf"), "give GiB"),
         ("memory_budget", True, "give GiB"),
-        ("max_error", 0.01, "not permitted"),
+        ("max_error", 0.0005, "must be 0.001 to 0.5"),
+        ("max_error", 0.6, "must be 0.001 to 0.5"),
         ("prefetch", True, "not permitted"),
     ],
 )

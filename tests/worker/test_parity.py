@@ -12,6 +12,7 @@ import torch
 from conclave.worker.model.config import CacheGroup, ModelConfig, cache_groups
 from conclave.worker.model.decoder import Decoder, DenseAttention
 from conclave.worker.running.batch import Chunk
+from conclave.worker.running.caches import PlainCaches
 from conclave.worker.running.runner import ModelRunner
 from conclave.worker.weights import load_decoder
 
@@ -58,7 +59,9 @@ class Paged:
         config = decoder.config
         self.groups = cache_groups(config)
         blocks = tuple(24 for _ in self.groups)
-        self.runner = ModelRunner(decoder, config, blocks, BLOCK, CPU, torch.float32)
+        caches = PlainCaches.empty(config, blocks, BLOCK, CPU, torch.float32)
+        self.caches = caches.tensors
+        self.runner = ModelRunner(decoder, config, caches, BLOCK, CPU, torch.float32)
         self.free = [random.Random(2).sample(range(24), 24) for _ in self.groups]
         self.tables: dict[str, tuple[list[int], ...]] = {}
         self.done: dict[str, int] = {}
@@ -70,7 +73,7 @@ class Paged:
 
     def fill_group(self, group: int, blocks: list[int], value: float) -> None:
         for layer in self.groups[group].layers:
-            for cache in self.runner.caches[layer]:
+            for cache in self.caches[layer]:
                 cache[blocks] = value
 
     def chunk(self, name: str, tokens: list[int], logits: int) -> Chunk:

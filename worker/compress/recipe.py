@@ -36,10 +36,9 @@ class Recipe:
 
         Raises ConfigError if they leave everything as it is, or are about memory.
         """
-        if knobs.memory_budget is not None:
-            raise ConfigError(
-                "memory_budget is a knob of engines, not of compression: leave it out"
-            )
+        for name in ("max_error", "memory_budget"):
+            if getattr(knobs, name) is not None:
+                raise ConfigError(f"{name} is a knob of engines, not of compression: leave it out")
         if knobs.weight_format is None:
             raise ConfigError(
                 "these knobs compress nothing: give a sparsity above 0, or weight_bits of 4 or 8"

@@ -52,6 +52,7 @@ def start_sequences(request: Request, arrivals: Iterator[int]) -> list[Sequence]
             seed=output_seed(request.sampling.seed, index),
             arrival=next(arrivals),
             logprobs_from=request.logprobs_from if index == 0 else None,
+            max_error=request.max_error,
             leader=leader,
         )
         for token in made.ids:

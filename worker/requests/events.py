@@ -164,3 +164,5 @@ class Request:
     whole: bool = False
     """Keep all events until the end."""
     steps: Steps | None = None
+    max_error: float | None = None
+    """Of keys and values where they are stored in narrow numbers; None for the engine's."""

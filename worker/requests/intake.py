@@ -96,6 +96,7 @@ class Intake:
             deadline=deadline,
             logprobs_from=None if sampling.prompt_logprobs is None or told else 1,
             whole=whole,
+            max_error=knobs.max_error,
         )
 
     def stepping(
@@ -137,6 +138,7 @@ class Intake:
             request_id=request_id,
             deadline=deadline,
             steps=Steps(candidates, generate),
+            max_error=knobs.max_error,
         )
 
     def check_step(self, ids: Items[int], generate: int, field: str = "take") -> None:
@@ -195,6 +197,7 @@ class Intake:
         logprobs_from: int | None = None,
         whole: bool = False,
         steps: Steps | None = None,
+        max_error: float | None = None,
     ) -> Request:
         """A request whose prompt and parameters are right; what is open in them is decided."""
         sampling = self._decided(sampling, len(prompt))
@@ -220,6 +223,7 @@ class Intake:
             logprobs_from=logprobs_from,
             whole=whole,
             steps=steps,
+            max_error=max_error,
         )
 
     def _decided(self, sampling: SamplingParams, length: int) -> SamplingParams:

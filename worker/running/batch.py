@@ -30,6 +30,8 @@ class Chunk:
     (i + 1) * block_size), or -1 where that has slid out of the window."""
     logits: int
     """How many of the last positions need logits: 1 to sample, 0 in mid-prompt."""
+    max_error: float | None = None
+    """Of its keys and values, where they are stored in narrow numbers; None for the engine's."""
 
     @property
     def end(self) -> int:
@@ -50,6 +52,8 @@ class Part:
     offsets: tuple[Tensor, ...]
     """int64 [sequences] for each cache group: where a sequence's first token lies in its row of
     the table."""
+    begins: tuple[tuple[int, ...], ...]
+    """`offsets` as the host knows them; of no use to decoding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,8 @@ class Step:
     """int64: rows whose logits are wanted, in the order of the chunks; None for all rows."""
     decodes: bool
     """Whether every sequence runs one token."""
+    owners: Integers | None
+    """[T]: which chunk a row is of; None in a recording."""
 
 
 def build_step(
@@ -88,6 +94,7 @@ def build_step(
         parts.append(_part(members, begin, windows, block_size, device))
         begin = parts[-1].rows.stop
     ordered = decoding + prefilling
+    numbers = sorted(range(len(chunks)), key=lambda number: len(chunks[number].tokens) > 1)
     positions = np.concatenate([np.arange(chunk.start, chunk.end) for chunk in ordered])
     tokens = np.concatenate([np.asarray(chunk.tokens, np.int64) for chunk in ordered])
     return Step(
@@ -100,6 +107,7 @@ def build_step(
         parts=tuple(parts),
         logit_rows=_logit_rows(chunks, ordered, device),
         decodes=not prefilling,
+        owners=np.repeat(numbers, [len(chunk.tokens) for chunk in ordered]),
     )
 
 
@@ -111,8 +119,9 @@ def decode_step(
     offsets: tuple[Tensor, ...],
 ) -> Step:
     """The step of sequences that all run one token, put together from its tensors."""
-    part = Part(slice(0, len(tokens)), len(tokens), 1, tables, offsets)
-    return Step(tokens, positions, slots, (part,), None, True)
+    begins: tuple[tuple[int, ...], ...] = ((),) * len(tables)
+    part = Part(slice(0, len(tokens)), len(tokens), 1, tables, offsets, begins)
+    return Step(tokens, positions, slots, (part,), None, True, None)
 
 
 def _part(
@@ -131,6 +140,7 @@ def _part(
         queries,
         tuple(torch.from_numpy(tables).to(device) for tables, _ in reached),
         tuple(torch.from_numpy(offsets).to(device) for _, offsets in reached),
+        tuple(tuple(offsets.tolist()) for _, offsets in reached),
     )
 
 

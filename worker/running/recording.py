@@ -15,10 +15,9 @@ from torch import Tensor
 
 from ..model.config import ModelConfig
 from .batch import Chunk, Step, build_step, decode_step
+from .caches import PlainCaches, Tensors
 
-Forward = Callable[[Step, "Caches"], Tensor]
-Caches = dict[int, tuple[Tensor, Tensor]]
-"""Keys and values of each layer that owns some, [blocks, block_size, kv_heads, head_dim]."""
+Forward = Callable[[Step, PlainCaches], Tensor]
 
 
 def can_record(config: ModelConfig, device: torch.device) -> bool:
@@ -39,7 +38,7 @@ class RecordedDecode:
     def __init__(
         self,
         forward: Forward,
-        caches: Caches,
+        caches: Tensors,
         windows: list[int | None],
         block_size: int,
     ) -> None:
@@ -58,7 +57,8 @@ class RecordedDecode:
             values: tuple[Tensor, ...],
         ) -> Tensor:
             step = decode_step(tokens, positions, slots, tables, offsets)
-            return forward(step, dict(zip(layers, zip(keys, values, strict=True), strict=True)))
+            tensors = dict(zip(layers, zip(keys, values, strict=True), strict=True))
+            return forward(step, PlainCaches(tensors))
 
         # Two sequences of two lengths, so that nothing in the recording takes a 1 for granted.
         tables = tuple([0, 0] for _ in windows)

@@ -6,54 +6,58 @@ What it gave up: a CUDA graph, and keys and values in one tensor, which one gath
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ...kernels.reference import Pages, paged_attention, plan_pages, write_kv
-from ..model.config import CacheGroup, ModelConfig, cache_groups
+from ...kernels.reference import Pages, plan_pages
+from ..model.config import ModelConfig, cache_groups
 from ..model.decoder import Decoder
-from .batch import Chunk, Part, Step, build_step
-from .recording import Caches, RecordedDecode, can_record
+from .batch import Chunk, Step, build_step
+from .caches import Caches, NarrowCaches, PlainCaches
+from .recording import RecordedDecode, can_record
 
 
 class ModelRunner:
-    """A decoder and its cache on one device."""
+    """A decoder and its cache on one device.
+
+    Args:
+        decoder: the model.
+        config: its shape.
+        caches: of all its layers that own keys.
+        block_size: tokens in a block of them.
+        device: where all is.
+        dtype: of the queries.
+    """
 
     def __init__(
         self,
         decoder: Decoder,
         config: ModelConfig,
-        blocks: tuple[int, ...],
+        caches: PlainCaches | NarrowCaches,
         block_size: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """`blocks` is the number of blocks in each of `cache_groups(config)`, in that order."""
         self.decoder = decoder.requires_grad_(False)
         self.config = config
+        self.caches = caches
         self.block_size = block_size
         self.device = device
-        self.dtype = dtype
         self.groups = cache_groups(config)
         self.windows = [group.window for group in self.groups]
-        # Zeros, not empty: an unwritten slot of a block is read with weight 0, and 0 * NaN is NaN.
-        self.caches: Caches = {}
-        for group, count in zip(self.groups, blocks, strict=True):
-            for index in group.layers:
-                layer = config.layers[index]
-                shape = (count, block_size, layer.kv_heads, layer.head_dim)
-                self.caches[index] = (
-                    torch.zeros(shape, device=device, dtype=dtype),
-                    torch.zeros(shape, device=device, dtype=dtype),
-                )
-
+        # Kernels mask as they go.
+        by_kernels = device.type == "cuda" and dtype != torch.float32
+        self._mask_dtype = None if by_kernels else dtype
         self.broken: list[int] = []
         """Chunks of the last step in which a token came out as NaN, so that keys and values of
         theirs may hold NaN. Decoding steps are not looked at: there the logits show it."""
+        self.overfull: list[int] = []
+        """Chunks of the last step with keys or values for which there was no room: what the step
+        says of them is not within their error."""
         self._recorded: RecordedDecode | None = None
-        if can_record(config, device):
-            self._recorded = RecordedDecode(self._run, self.caches, self.windows, block_size)
+        if isinstance(caches, PlainCaches) and can_record(config, device):
+            tensors = caches.tensors
+            self._recorded = RecordedDecode(self._run, tensors, self.windows, block_size)
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
@@ -62,30 +66,64 @@ class ModelRunner:
         Returns float32 logits [sum of chunk.logits, vocab], in the order of the chunks.
         """
         step = build_step(chunks, self.windows, self.block_size, self.device)
-        self.broken = []
-        if step.decodes and step.logit_rows is None:
-            return self._recorded(step) if self._recorded else self._run(step, self.caches)
+        self.broken, self.overfull = [], []
+        if self._recorded and step.decodes and step.logit_rows is None:
+            return self._recorded(step)
+        if isinstance(self.caches, NarrowCaches):
+            self.caches.begin(step, chunks)
         hidden = self._hidden(step, self.caches)
-        self.broken = _broken(chunks, hidden)
+        narrow = isinstance(self.caches, NarrowCaches)
+        if narrow or not (step.decodes and step.logit_rows is None):
+            # Keys or values that are not finite make NaN of their own token's attention.
+            self.broken = _owners(step, hidden.isnan().any(dim=-1).nonzero().flatten().tolist())
+        if isinstance(self.caches, NarrowCaches):
+            failed = _owners(step, self.caches.failed())
+            self.overfull = [number for number in failed if number not in self.broken]
         return self._logits(step, hidden)
+
+    @torch.inference_mode()
+    def renew(self, blocks: Sequence[Sequence[int]]) -> None:
+        """Told before a step which blocks, by group, it writes for new owners."""
+        if isinstance(self.caches, NarrowCaches):
+            for group, numbers in enumerate(blocks):
+                if numbers:
+                    self.caches.release(group, torch.tensor(numbers, device=self.device))
 
     @torch.inference_mode()
     def wipe(self, blocks: Sequence[Sequence[int]]) -> None:
         """Zero the keys and values of blocks, given for each cache group."""
+        self.renew(blocks)
         for group, numbers in zip(self.groups, blocks, strict=True):
             if numbers:
-                index = torch.tensor(numbers, device=self.device)
-                for layer in group.layers:
-                    for cache in self.caches[layer]:
-                        cache.index_fill_(0, index, 0)
+                self.caches.wipe(group, torch.tensor(numbers, device=self.device))
 
     def _run(self, step: Step, caches: Caches) -> Tensor:
         return self._logits(step, self._hidden(step, caches))
 
     def _hidden(self, step: Step, caches: Caches) -> Tensor:
-        attention = PagedAttention(self.config, self.groups, step, caches)
+        attention = PagedAttention(self.config, step, caches, self._pages(step))
         hidden: Tensor = self.decoder(step.tokens, step.positions, attention)
         return hidden
+
+    def _pages(self, step: Step) -> list[list[Pages]]:
+        """Where the queries of each part find their keys, in each group."""
+        return [
+            [
+                plan_pages(
+                    tables,
+                    offsets,
+                    group.window,
+                    queries=part.queries,
+                    block_size=self.block_size,
+                    dtype=self._mask_dtype,
+                    begins=begins,
+                )
+                for group, tables, offsets, begins in zip(
+                    self.groups, part.tables, part.offsets, part.begins, strict=True
+                )
+            ]
+            for part in step.parts
+        ]
 
     def _logits(self, step: Step, hidden: Tensor) -> Tensor:
         if step.logit_rows is not None:
@@ -93,63 +131,46 @@ class ModelRunner:
         return self.decoder.logits(hidden)
 
 
-def _broken(chunks: Sequence[Chunk], hidden: Tensor) -> list[int]:
-    """Which chunks have NaN in their hidden states [T, hidden], whose decoding rows come first.
-
-    Keys or values that are not finite make NaN of their own token's attention, in the same layer.
-    """
-    rows = hidden.isnan().any(dim=-1).nonzero().flatten().tolist()
-    if not rows:
-        return []
-    order = sorted(range(len(chunks)), key=lambda number: len(chunks[number].tokens) > 1)
-    owners = np.repeat(order, [len(chunks[number].tokens) for number in order])
-    return sorted({int(owners[row]) for row in rows})
+def _owners(step: Step, rows: Sequence[int]) -> list[int]:
+    """The chunks of some rows, each once."""
+    assert step.owners is not None
+    return sorted({int(step.owners[row]) for row in rows})
 
 
 class PagedAttention:
-    """The `Attention` of one step: stores what is new, then reads the cache."""
+    """The `Attention` of one step: stores what is new, then reads the cache.
+
+    Args:
+        config: of the model.
+        step: whose rows they are.
+        caches: of the layers.
+        pages: for each part of the step and each cache group.
+    """
 
     def __init__(
-        self, config: ModelConfig, groups: Sequence[CacheGroup], step: Step, caches: Caches
+        self, config: ModelConfig, step: Step, caches: Caches, pages: list[list[Pages]]
     ) -> None:
         self.caches = caches
         self.step = step
+        self.pages = pages
         self.source = [layer.kv_source for layer in config.layers]
         self.group_of = {
-            layer: number for number, group in enumerate(groups) for layer in group.layers
+            layer: number
+            for number, group in enumerate(cache_groups(config))
+            for layer in group.layers
         }
-        self.pages = [self._plan(part, groups) for part in step.parts]
 
     def attend(self, layer: int, query: Tensor, key: Tensor | None, value: Tensor | None) -> Tensor:
         """See `Attention`."""
         source = self.source[layer]
         group = self.group_of[source]
-        key_cache, value_cache = self.caches[source]
         if key is not None and value is not None:
-            write_kv(key, value, key_cache, value_cache, self.step.slots[group])
+            self.caches.write(source, key, value, self.step.slots[group])
         if self.step.decodes:  # nothing that changes from step to step may enter a recording
-            pages = self.pages[0][group]
-            return paged_attention(query[:, None], key_cache, value_cache, pages)[:, 0]
+            return self.caches.attend(source, query[:, None], self.pages[0][group])[:, 0]
         outputs = []
         for part, pages_of_part in zip(self.step.parts, self.pages, strict=True):
             queries = query[part.rows].view(part.sequences, -1, *query.shape[1:])
-            mixed = paged_attention(queries, key_cache, value_cache, pages_of_part[group])
+            mixed = self.caches.attend(source, queries, pages_of_part[group])
             outputs.append(mixed.flatten(0, 1))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-
-    def _plan(self, part: Part, groups: Sequence[CacheGroup]) -> list[Pages]:
-        """Where the part's queries find their keys, in each group."""
-        planned = []
-        for group, tables, offsets in zip(groups, part.tables, part.offsets, strict=True):
-            cache, _ = self.caches[group.layers[0]]
-            planned.append(
-                plan_pages(
-                    tables,
-                    offsets,
-                    group.window,
-                    queries=part.queries,
-                    block_size=int(cache.shape[1]),
-                    dtype=cache.dtype,
-                )
-            )
-        return planned

@@ -42,6 +42,7 @@ class BlockPool:
         """Free blocks that still hold a reusable prefix."""
         self._distrusted: set[int] = set()
         self._soiled: list[int] = []
+        self._renewed: list[int] = []
 
     @property
     def free(self) -> int:
@@ -72,6 +73,7 @@ class BlockPool:
             self._hash[block] = None
             self.cached -= 1
         self._references[block] = 1
+        self._renewed.append(block)
         return block
 
     def release(self, block: int) -> None:
@@ -87,6 +89,7 @@ class BlockPool:
                 self.cached += 1
             else:  # nothing worth keeping: the first to be taken again
                 self._free.move_to_end(block, last=False)
+                self._renewed.append(block)
 
     def remember(self, block: int, content: bytes) -> None:
         """Make a computed block findable, unless another one already holds the same."""
@@ -107,10 +110,25 @@ class BlockPool:
         else:
             self._soiled.append(block)
 
+    def forget(self) -> None:
+        """Let nobody find what free blocks hold; what they hold may go."""
+        for block in self._free:
+            content = self._hash[block]
+            if content is not None:
+                del self._by_hash[content]
+                self._hash[block] = None
+                self._renewed.append(block)
+        self.cached = 0
+
     def take_soiled(self) -> list[int]:
         """Blocks that must be wiped before the next step reads or writes any; told once."""
         soiled, self._soiled = self._soiled, []
         return soiled
+
+    def take_renewed(self) -> list[int]:
+        """Blocks whose content nobody needs any more, since the last call; told once."""
+        renewed, self._renewed = self._renewed, []
+        return list(dict.fromkeys(renewed))
 
 
 class BlockManager:
@@ -217,6 +235,15 @@ class BlockManager:
         """For each pool the blocks that must be wiped before the next step; told once."""
         return [pool.take_soiled() for pool in self.pools]
 
+    def take_renewed(self) -> list[list[int]]:
+        """For each pool the blocks whose content nobody needs any more; told once."""
+        return [pool.take_renewed() for pool in self.pools]
+
+    def forget(self) -> None:
+        """Give the prefix cache up, but for what sequences hold."""
+        for pool in self.pools:
+            pool.forget()
+
     def _first_needed(self, group: int, position: int) -> int:
         """Index of the oldest block that a query at `position` may look into."""
         window = self.windows[group]
@@ -234,7 +261,8 @@ class BlockManager:
         hashes, size = sequence.block_hashes, self.block_size
         for index in range(len(hashes), length // size):
             tokens = array("I", sequence.tokens[index * size : (index + 1) * size])
-            parent = hashes[-1] if hashes else b""
+            # Numbers stored within one error will not do for another.
+            parent = hashes[-1] if hashes else str(sequence.max_error or "").encode()
             hashes.append(blake2b(parent + tokens.tobytes(), digest_size=16).digest())
 
     def _longest_prefix(self, sequence: Sequence) -> int:

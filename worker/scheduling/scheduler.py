@@ -47,6 +47,8 @@ class Scheduler:
         self.parked: dict[Sequence, float] = {}
         """Sequences that hold blocks but have nothing to compute, and since when; longest first."""
         self.preemptions = 0
+        self.most = max_sequences
+        """Sequences that may hold blocks: fewer for a while, when they have been too many."""
 
     def add(self, sequence: Sequence) -> None:
         """Put a new sequence at the end of the queue."""
@@ -109,10 +111,21 @@ class Scheduler:
             self.waiting.remove(sequence)
         self.parked.pop(sequence, None)
         sequence.state = State.FINISHED
+        self.most = min(self.max_sequences, self.most + 1)
         if sound:
             self.blocks.release(sequence)
         else:
             self.blocks.discard(sequence)
+
+    def give_way(self, sequence: Sequence) -> None:
+        """Preempt a running sequence for which a step had no room; fewer then run for a while."""
+        self.most = max(1, min(self.most, self.holders) // 2)
+        self._preempt(sequence)
+
+    @property
+    def holders(self) -> int:
+        """Sequences that hold blocks."""
+        return len(self.running) + len(self.parked)
 
     def _continue(self, sequence: Sequence, step: "_Step") -> None:
         count = min(sequence.remaining, step.budget)
@@ -165,9 +178,7 @@ class Scheduler:
 
     def _enter(self, sequence: Sequence, step: "_Step") -> bool:
         """Find a place and blocks for a waiting sequence, if need be those of stale ones."""
-        while len(self.running) + len(self.parked) >= self.max_sequences or not self.blocks.admit(
-            sequence, step.budget
-        ):
+        while self.holders >= self.most or not self.blocks.admit(sequence, step.budget):
             stale = self._stale(step.now)
             if stale is None:
                 return False

@@ -43,6 +43,8 @@ class Sequence:
     """Number in order of arrival, over all sequences of the engine."""
     logprobs_from: int | None = None
     """First prompt position whose log-probability is wanted; at least 1."""
+    max_error: float | None = None
+    """Of its keys and values, where they are stored in narrow numbers; None for the engine's."""
     leader: "Sequence | None" = None
     """Sequence with the same prompt that computes it first, so that this one finds it cached."""
 

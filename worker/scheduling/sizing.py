@@ -27,7 +27,7 @@ def plan_cache(
     config: EngineConfig,
     groups: Sequence[CacheGroup],
     model_context: int,
-    dtype_size: int,
+    token_bytes: Sequence[int],
     memory: int,
 ) -> CachePlan:
     """Divide the cache's memory among the groups.
@@ -36,7 +36,7 @@ def plan_cache(
         config: the engine's settings; `kv_tokens` or `kv_memory_gib` override `memory`.
         groups: the model's cache groups.
         model_context: `max_position_embeddings`.
-        dtype_size: bytes of one cached number.
+        token_bytes: what one token takes in each group.
         memory: bytes that the cache may use, of a budget if there is one.
 
     Raises:
@@ -44,7 +44,7 @@ def plan_cache(
     """
     context = context_of(config, model_context)
     size = config.block_size
-    block_bytes = [group.bytes_per_token(dtype_size) * size for group in groups]
+    block_bytes = [each * size for each in token_bytes]
     least = [_blocks_of_one(group, context, config) for group in groups]
     wanted = [count * config.max_sequences for count in least]
     if config.kv_tokens is not None:

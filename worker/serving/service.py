@@ -91,7 +91,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             model_fingerprint=model.fingerprint,
             tokenizer_fingerprint=model.tokenizer.fingerprint,
             has_chat_template=model.tokenizer.has_chat_template,
-            precision=wire.precision(model.storage.precision),
+            precision=wire.precision(model.precision),
         )
 
     async def Generate(

@@ -21,6 +21,7 @@ from conclave.worker.model.config import ModelConfig, cache_groups
 from conclave.worker.model.decoder import Decoder, DenseAttention
 from conclave.worker.model.packed import PackedEmbedding, PackedLinear
 from conclave.worker.running.batch import Chunk
+from conclave.worker.running.caches import PlainCaches
 from conclave.worker.running.runner import ModelRunner
 from conclave.worker.weights import load_decoder
 
@@ -101,7 +102,15 @@ def test_packed_tables_can_be_recorded(tiny_checkpoint: Checkpoint, tmp_path: Pa
     decoder = loaded(tmp_path / "made", packed=True)
     config = decoder.config
     blocks = tuple(8 for _ in cache_groups(config))
-    recorded, plain = (ModelRunner(decoder, config, blocks, 4, CPU, torch.float32) for _ in "ab")
+    recorded, plain = (
+        ModelRunner(
+            decoder,
+            config,
+            PlainCaches.empty(config, blocks, 4, CPU, torch.float32),
+            *(4, CPU, torch.float32),
+        )
+        for _ in "ab"
+    )
     assert recorded._recorded is not None
     plain._recorded = None
     for count in (1, 3):

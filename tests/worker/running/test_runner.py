@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from conclave.worker.model.config import ModelConfig, cache_groups
+from conclave.worker.model.decoder import Decoder
 from conclave.worker.running.batch import Chunk, build_step
+from conclave.worker.running.caches import PlainCaches, Tensors
 from conclave.worker.running.recording import can_record
 from conclave.worker.running.runner import ModelRunner
 from conclave.worker.weights import load_decoder
@@ -22,7 +24,17 @@ def runner(tiny_checkpoint: Callable[[int | str], Path]) -> ModelRunner:
     folder = tiny_checkpoint(4)
     config = ModelConfig.load(folder)
     decoder = load_decoder(folder, config, CPU, torch.float32)
-    return ModelRunner(decoder, config, (16, 12), 4, CPU, torch.float32)
+    return runner_of(decoder, config, (16, 12))
+
+
+def runner_of(decoder: Decoder, config: ModelConfig, blocks: tuple[int, ...]) -> ModelRunner:
+    caches = PlainCaches.empty(config, blocks, 4, CPU, torch.float32)
+    return ModelRunner(decoder, config, caches, 4, CPU, torch.float32)
+
+
+def tensors_of(runner: ModelRunner) -> Tensors:
+    assert isinstance(runner.caches, PlainCaches)
+    return runner.caches.tensors
 
 
 def chunk(tokens: list[int], start: int, logits: int, first_block: int = 0) -> Chunk:
@@ -36,9 +48,9 @@ def test_cache_shapes(runner: ModelRunner) -> None:
     for group, blocks in zip(groups, (16, 12), strict=True):
         for layer in group.layers:
             head_dim = runner.config.layers[layer].head_dim
-            for cache in runner.caches[layer]:
+            for cache in tensors_of(runner)[layer]:
                 assert cache.shape == (blocks, 4, 1, head_dim)
-    assert runner.caches.keys() == {0, 1, 2, 3}
+    assert tensors_of(runner).keys() == {0, 1, 2, 3}
 
 
 def test_logits_come_in_the_order_of_the_chunks(runner: ModelRunner) -> None:
@@ -101,8 +113,7 @@ def test_recording_gives_the_same_numbers(
     config = ModelConfig.load(tiny_checkpoint(variant))
     decoder = load_decoder(tiny_checkpoint(variant), config, CPU, torch.float32)
     blocks = tuple(64 for _ in cache_groups(config))
-    recorded = ModelRunner(decoder, config, blocks, 4, CPU, torch.float32)
-    plain = ModelRunner(decoder, config, blocks, 4, CPU, torch.float32)
+    recorded, plain = (runner_of(decoder, config, blocks) for _ in range(2))
     assert recorded._recorded is not None
     plain._recorded = None
     draw = random.Random(3)
@@ -114,8 +125,9 @@ def test_recording_gives_the_same_numbers(
             for start, table in zip(starts, tables, strict=True)
         ]
         assert torch.equal(recorded.forward(chunks), plain.forward(chunks))
-    for layer, caches in recorded.caches.items():
-        assert all(torch.equal(a, b) for a, b in zip(caches, plain.caches[layer], strict=True))
+    for layer, caches in tensors_of(recorded).items():
+        others = tensors_of(plain)[layer]
+        assert all(torch.equal(a, b) for a, b in zip(caches, others, strict=True))
 
 
 def test_models_with_experts_are_not_recorded(

@@ -12,6 +12,7 @@ import torch
 from conclave.worker import EngineConfig, SamplingParams
 from conclave.worker.model.config import ModelConfig, cache_groups
 from conclave.worker.running.batch import Chunk
+from conclave.worker.running.caches import PlainCaches
 from conclave.worker.running.runner import ModelRunner
 from conclave.worker.running.sampler import sample, score
 from conclave.worker.scheduling.sizing import plan_cache
@@ -53,9 +54,10 @@ def test_the_worst_steps_fit(
         max_step_tokens=tokens,
         block_size=block,
     )
-    plan = plan_cache(config, groups, 256, 4, 2**30)
+    plan = plan_cache(config, groups, 256, [g.bytes_per_token(4) for g in groups], 2**30)
     decoder = load_decoder(folder, model, CPU, FLOAT)
-    runner = ModelRunner(decoder, model, plan.blocks, block, CPU, FLOAT)
+    caches = PlainCaches.empty(model, plan.blocks, block, CPU, FLOAT)
+    runner = ModelRunner(decoder, model, caches, block, CPU, FLOAT)
     tables = tuple([number % count for number in range(context // block)] for count in plan.blocks)
     drawn: Any = [
         SimpleNamespace(sampling=SamplingParams(), seed=1, answer_length=0) for _ in range(rows)

@@ -14,40 +14,45 @@ FULL = CacheGroup(window=None, layers=(1,), values_per_token=256)
 SLIDING = CacheGroup(window=128, layers=(0,), values_per_token=1024)
 
 
+BYTES = [group.bytes_per_token(2) for group in (FULL, SLIDING)]
+
+
 def config(**fields: object) -> EngineConfig:
     return EngineConfig.model_validate({"model": Path("unused"), **fields})
 
 
 def test_sliding_layers_take_no_more_than_their_windows() -> None:
-    plan = plan_cache(config(max_sequences=2, max_step_tokens=64), (FULL, SLIDING), 4096, 2, 2**40)
+    plan = plan_cache(
+        config(max_sequences=2, max_step_tokens=64), (FULL, SLIDING), 4096, BYTES, 2**40
+    )
     assert plan.max_context == 4096
     assert plan.blocks == (2 * 256, 2 * (12 + 2))
 
 
 def test_too_little_memory_is_refused_with_advice() -> None:
     with pytest.raises(ConfigError, match="lower max_context"):
-        plan_cache(config(), (FULL, SLIDING), 4096, 2, 100_000)
+        plan_cache(config(), (FULL, SLIDING), 4096, BYTES, 100_000)
 
 
 def test_memory_is_never_exceeded() -> None:
     memory = 64 * 2**20
-    plan = plan_cache(config(max_context=1024), (FULL, SLIDING), 4096, 2, memory)
+    plan = plan_cache(config(max_context=1024), (FULL, SLIDING), 4096, BYTES, memory)
     assert 0.9 * memory < plan.bytes <= memory
 
 
 def test_kv_tokens_set_the_full_layers() -> None:
-    plan = plan_cache(config(max_context=256, kv_tokens=512), (FULL, SLIDING), 4096, 2, 0)
+    plan = plan_cache(config(max_context=256, kv_tokens=512), (FULL, SLIDING), 4096, BYTES, 0)
     assert plan.blocks[0] == 32
     assert plan.blocks[1] >= 16
 
 
 def test_default_context_is_bounded() -> None:
-    assert plan_cache(config(max_sequences=1), (FULL,), 10**6, 2, 2**40).max_context == 8192
+    assert plan_cache(config(max_sequences=1), (FULL,), 10**6, BYTES[:1], 2**40).max_context == 8192
 
 
 def test_context_beyond_the_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="limit of 4096"):
-        plan_cache(config(max_context=5000), (FULL,), 4096, 2, 2**40)
+        plan_cache(config(max_context=5000), (FULL,), 4096, BYTES[:1], 2**40)
 
 
 def test_two_sizes_are_one_too_many() -> None:
@@ -57,7 +62,7 @@ def test_two_sizes_are_one_too_many() -> None:
 
 def test_a_budget_that_is_too_small_names_itself() -> None:
     with pytest.raises(ConfigError, match=r"raise knobs.memory_budget, or lower max_context"):
-        plan_cache(config(knobs={"memory_budget": 1}), (FULL, SLIDING), 4096, 2, 100_000)
+        plan_cache(config(knobs={"memory_budget": 1}), (FULL, SLIDING), 4096, BYTES, 100_000)
 
 
 def test_a_step_takes_more_the_more_runs_in_it() -> None:
