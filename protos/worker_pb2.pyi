@@ -215,13 +215,39 @@ class GetLoadResponse(_message.Message):
     def __init__(self, running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., outstanding_tokens: _Optional[int] = ..., pools: _Optional[_Iterable[_Union[BlockPool, _Mapping]]] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., steps: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., draining: _Optional[bool] = ..., step_age_seconds: _Optional[float] = ...) -> None: ...
 
 class BlockPool(_message.Message):
-    __slots__ = ("window", "blocks", "used", "cached")
+    __slots__ = ("window", "blocks", "used", "cached", "narrow")
     WINDOW_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     USED_FIELD_NUMBER: _ClassVar[int]
     CACHED_FIELD_NUMBER: _ClassVar[int]
+    NARROW_FIELD_NUMBER: _ClassVar[int]
     window: int
     blocks: int
     used: int
     cached: int
-    def __init__(self, window: _Optional[int] = ..., blocks: _Optional[int] = ..., used: _Optional[int] = ..., cached: _Optional[int] = ...) -> None: ...
+    narrow: NarrowPool
+    def __init__(self, window: _Optional[int] = ..., blocks: _Optional[int] = ..., used: _Optional[int] = ..., cached: _Optional[int] = ..., narrow: _Optional[_Union[NarrowPool, _Mapping]] = ...) -> None: ...
+
+class NarrowPool(_message.Message):
+    __slots__ = ("bits", "rows", "used", "layers")
+    BITS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    USED_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    bits: int
+    rows: int
+    used: int
+    layers: _containers.RepeatedCompositeFieldContainer[NarrowLayer]
+    def __init__(self, bits: _Optional[int] = ..., rows: _Optional[int] = ..., used: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[NarrowLayer, _Mapping]]] = ...) -> None: ...
+
+class NarrowLayer(_message.Message):
+    __slots__ = ("layer", "heads", "seconds", "largest")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    HEADS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    LARGEST_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    heads: int
+    seconds: int
+    largest: float
+    def __init__(self, layer: _Optional[int] = ..., heads: _Optional[int] = ..., seconds: _Optional[int] = ..., largest: _Optional[float] = ...) -> None: ...

@@ -3,8 +3,11 @@
 from collections import deque
 from dataclasses import dataclass
 
+from .running.caches import NarrowUse
 from .scheduling.cache import PoolUse
 
+STALE = 1.0
+"""Seconds after which the device is asked again."""
 _WINDOW = 10.0
 """Seconds over which the speed is averaged."""
 
@@ -26,6 +29,8 @@ class Load:
     preemptions: int = 0
     steps: int = 0
     tokens_per_second: float = 0.0
+    narrow: tuple[NarrowUse, ...] = ()
+    """For each pool, where keys and values are narrow; up to `STALE` seconds old."""
 
 
 class Meter:

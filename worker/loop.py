@@ -15,12 +15,13 @@ from torch import Tensor
 
 from .config import EngineConfig
 from .errors import ConclaveError, DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
-from .load import Load, Meter
+from .load import STALE, Load, Meter
 from .loading import LoadedModel
 from .requests.answer import Answer, start_sequences
 from .requests.events import Event, Failed, Request
 from .requests.stepping import StepAnswer
 from .running.batch import Chunk
+from .running.caches import NarrowCaches, NarrowUse
 from .running.sampler import likeliest, sample, score
 from .scheduling.cache import BlockManager
 from .scheduling.scheduler import Scheduler, Share
@@ -53,6 +54,8 @@ class EngineLoop:
         self._logits: dict[str, Tensor] = {}  # of stepped answers that know their distribution
         self._outbox: list[tuple[Answer, Items[Event]]] = []
         self._arrivals = itertools.count()
+        self._narrow: tuple[NarrowUse, ...] = ()
+        self._narrow_until = 0.0
         self._stuck = False  # nothing could be scheduled in the last turn
 
     def turn(self) -> None:
@@ -147,7 +150,15 @@ class EngineLoop:
             preemptions=scheduler.preemptions,
             steps=meter.steps,
             tokens_per_second=meter.rate(time.monotonic()),
+            narrow=self._narrow_use(),
         )
+
+    def _narrow_use(self) -> tuple[NarrowUse, ...]:
+        """Asks the device, which takes a while, now and then."""
+        caches, now = self._model.runner.caches, time.monotonic()
+        if isinstance(caches, NarrowCaches) and now >= self._narrow_until:
+            self._narrow, self._narrow_until = caches.use(), now + STALE
+        return self._narrow
 
     def _expire(self, now: float) -> None:
         late = [

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from conclave.worker import Engine, Knobs
 from conclave.worker.errors import InvalidRequest, Overloaded
 from conclave.worker.running.caches import NarrowCaches
 from conclave.worker.running.runner import ModelRunner
+from conclave.worker.serving import wire
 
 TinyCheckpoint = Callable[[int | str], Path]
 SMALL: dict[str, Any] = {"max_context": 96, "kv_tokens": 4096, "block_size": 4, "threads": 1}
@@ -60,7 +62,8 @@ def test_many_at_once_equal_one_at_a_time(
             if not at_once:
                 streams[-1].result()
         answers = [stream.result().token_ids for stream in streams]
-        assert all(use.largest <= error for use in caches_of(engine).use())
+        layers = [layer for use in caches_of(engine).use() for layer in use.layers]
+        assert all(layer.heads and layer.largest <= error for layer in layers)
         assert_no_row_leaked(engine)
         return answers, engine
 
@@ -130,13 +133,30 @@ def caches_of_runner(runner: ModelRunner) -> NarrowCaches:
     return runner.caches
 
 
+def test_what_was_stored_is_told(tiny_checkpoint: TinyCheckpoint) -> None:
+    with Engine(tiny_checkpoint(1), knobs=Knobs(max_error=0.005), **SMALL) as engine:
+        engine.generate([5, 6, 7], max_tokens=4, **GREEDY)
+        told = wire.load(replace(engine.load, narrow=caches_of(engine).use()), 0.0, False)
+    full, sliding = (pool.narrow for pool in told.pools)
+    assert full.bits == sliding.bits == 8 and 0 < full.used <= full.rows
+    assert [layer.layer for layer in (*sliding.layers, *full.layers)] == [0, 1, 2, 3, 4, 5]
+    stored = {
+        layer.heads // kv_heads
+        for own, kv_heads in ((full, 1), (sliding, 2))
+        for layer in own.layers
+    }
+    assert stored == {6}  # the last token of an answer is not stored
+    for layer in (*full.layers, *sliding.layers):
+        assert 0 < layer.seconds <= layer.heads and 0 < layer.largest <= 0.005
+
+
 def test_a_request_may_ask_for_less_error(tiny_checkpoint: TinyCheckpoint) -> None:
     """Its numbers are stored within its own limit, and not shared with others'."""
     prompt = list(range(20, 60))
     with Engine(tiny_checkpoint(1), knobs=Knobs(max_error=0.05), **SMALL) as engine:
         intake = engine.intake
         engine.generate(prompt, max_tokens=4, **GREEDY)
-        before = [use.seconds for use in caches_of(engine).use()]
+        before = seconds_of(engine)
 
         def ask(error: float | None) -> int:
             done: list[Any] = []
@@ -151,9 +171,12 @@ def test_a_request_may_ask_for_less_error(tiny_checkpoint: TinyCheckpoint) -> No
 
         assert ask(None) > 0
         assert ask(0.004) == 0
-        after = [use.seconds for use in caches_of(engine).use()]
-        assert all(late > early for early, late in zip(before, after, strict=True))
+        assert all(late > early for early, late in zip(before, seconds_of(engine), strict=True))
         assert ask(0.004) > 0
+
+
+def seconds_of(engine: Engine) -> list[int]:
+    return [layer.seconds for use in caches_of(engine).use() for layer in use.layers]
 
 
 def test_more_than_a_worker_can_promise_is_refused(tiny_checkpoint: TinyCheckpoint) -> None:

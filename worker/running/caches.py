@@ -29,18 +29,28 @@ LEAST_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class NarrowUse:
-    """The pool of a cache group, and what its layers have stored since the start."""
+class LayerUse:
+    """What a layer has stored in narrow numbers since the start."""
 
-    rows: int
-    """Second digits that there is room for."""
-    used: int
+    layer: int
     heads: int
-    """Heads of tokens stored, over all layers."""
+    """Heads of tokens, each with its key and value."""
     seconds: int
     """Of them those that got a second digit."""
     largest: float
-    """Relative error, the largest so far."""
+    """Relative error of a key or value, the largest so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class NarrowUse:
+    """The pool of second digits of a cache group, and its layers."""
+
+    bits: int
+    """Of a digit."""
+    rows: int
+    """Second digits that there is room for."""
+    used: int
+    layers: tuple[LayerUse, ...]
 
 
 class Caches(Protocol):
@@ -197,10 +207,14 @@ class NarrowCaches:
     def use(self) -> tuple[NarrowUse, ...]:
         """How full the pools are, and what has been stored; waits for the device."""
         found = []
-        for own, layers in zip(self._groups, self._of_groups, strict=True):
-            caches = [self.layers[layer] for layer in layers]
-            heads, seconds = torch.stack([cache.tally for cache in caches]).sum(0).tolist()
-            largest = max(float(cache.largest) for cache in caches)
+        for own, indices in zip(self._groups, self._of_groups, strict=True):
+            caches = [self.layers[index] for index in indices]
+            tallies = torch.stack([cache.tally for cache in caches]).tolist()
+            largest = torch.cat([cache.largest for cache in caches]).tolist()
+            layers = tuple(
+                LayerUse(index, heads, seconds, most)
+                for index, (heads, seconds), most in zip(indices, tallies, largest, strict=True)
+            )
             used = own.rows - int(own.overflow.count)
-            found.append(NarrowUse(own.rows, used, heads, seconds, largest))
+            found.append(NarrowUse(caches[0].format.bits, own.rows, used, layers))
         return tuple(found)

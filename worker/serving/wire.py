@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from itertools import zip_longest
 from typing import Any
 
 import grpc
@@ -231,9 +232,13 @@ def load(state: Load, step_age: float, draining: bool) -> worker_pb2.GetLoadResp
         outstanding_tokens=state.outstanding_tokens,
         pools=[
             worker_pb2.BlockPool(
-                window=pool.window or 0, blocks=pool.blocks, used=pool.used, cached=pool.cached
+                window=pool.window or 0,
+                blocks=pool.blocks,
+                used=pool.used,
+                cached=pool.cached,
+                narrow=None if narrow is None else worker_pb2.NarrowPool(**asdict(narrow)),
             )
-            for pool in state.pools
+            for pool, narrow in zip_longest(state.pools, state.narrow)
         ],
         prompt_tokens=state.prompt_tokens,
         cached_tokens=state.cached_tokens,
