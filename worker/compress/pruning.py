@@ -21,6 +21,8 @@ from ..errors import ConfigError
 
 Mode = Literal["magnitude", "wanda", "sparsegpt"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+_COLUMNS = 2048
+"""Of a factor that are found at once."""
 DAMPING = 0.01
 """Of the mean of the moments' diagonal, added to it, so that they can be inverted."""
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
@@ -108,17 +110,26 @@ def _harm(block: Tensor, factor: Tensor) -> Tensor:
 
 
 def _inverse_factor(moments: Tensor) -> Tensor:
-    """U, upper triangular [K, K], with U^T U the inverse of the damped moments.
+    """U, float32, upper triangular [K, K], with U^T U the inverse of the damped moments H.
 
-    Inputs that are always zero keep the damping alone, so that their weights seem to do no harm.
+    With rows and columns in reverse, H is M M^T, M lower triangular. M in reverse is upper
+    triangular, and H = R R^T, so that U is the inverse of R: no inverse of H is needed, which in
+    float64 takes twice the memory. Inputs that are always zero keep the damping alone, so that
+    their weights seem to do no harm.
     """
-    damped = moments.clone()
-    diagonal = damped.diagonal()
-    diagonal += DAMPING * diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
     # In float64, since thousands of columns of nearly equal inputs leave float32 no positive pivot.
-    lower = torch.linalg.cholesky(damped.double())
-    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
-    return factor.float()
+    reverse = moments.flip(0, 1).double()
+    diagonal = reverse.diagonal()
+    diagonal += DAMPING * diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    reverse = torch.linalg.cholesky(reverse).flip(0, 1)
+    factor = torch.zeros_like(moments)
+    for begin in range(0, len(moments), _COLUMNS):
+        end = min(begin + _COLUMNS, len(moments))  # below which this part of U is zero
+        part = reverse.new_zeros(end, end - begin)
+        part[begin:].fill_diagonal_(1.0)
+        solved = torch.linalg.solve_triangular(reverse[:end, :end], part, upper=True)
+        factor[:end, begin:end] = solved
+    return factor
 
 
 def _best_scale(block: Tensor, bits: int) -> Tensor:
