@@ -83,7 +83,9 @@ def _format(
     shapes = {(layer.kv_heads, layer.head_dim, layer.rope.pairs) for layer in layers}
     assert len(shapes) == 1, "layers of a group differ"
     # Windows are told by how far back they reach, not by position, which making keys would need.
+    # Where RoPE turns all columns, keys would have to be turned back whole: they are kept.
     made = group.window is None and all(index in weights for index in group.layers)
+    made = made and 2 * first.rope.pairs < first.head_dim
     spread = max((_spread(weights[index]) for index in group.layers), default=1.0) if made else 1.0
     kinds = [
         KVFormat(first.kv_heads, first.head_dim, bits, pairs)

@@ -272,6 +272,8 @@ def _misfit(
         tensors += [cache.overflow.codes, cache.overflow.scales]
         if (rule is None) != (form.pairs is None):
             return "keys are made of values by a rule, if and only if the cache stores values alone"
+        if form.pairs is not None and 2 * form.pairs == form.head_dim:
+            return "keys that RoPE turns in all columns must be stored"
         if rule is not None:
             tensors += [rule.weight, rule.cosines, rule.sines]
             wanted = (len(rule.cosines), form.pairs)
