@@ -34,6 +34,8 @@ from ..errors import LayoutError
 NONE = -1
 """In `second`: the first digit is all there is."""
 BITS = (8, 4)
+STRICT = 1 - 2**-13
+"""Errors are held to that much of what is allowed: they are measured in float32."""
 _SCALE_SLACK = 1 + 2**-7
 """How much larger than needed a scale is, at most: rounded up to bfloat16."""
 

@@ -9,7 +9,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..reference import Pages
-from .cache import _SCALE_SLACK, NONE, KeyRule, KVFormat, NarrowCache, Overflow, turned, turned_back
+from .cache import (
+    _SCALE_SLACK,
+    NONE,
+    STRICT,
+    KeyRule,
+    KVFormat,
+    NarrowCache,
+    Overflow,
+    turned,
+    turned_back,
+)
 
 
 def store(
@@ -36,6 +46,7 @@ def store(
         failed: bool [T]; set where two digits were too few, or the pool had no row.
         rule: how keys are made of values, if they are.
     """
+    limits = limits * STRICT
     sides = value[:, None] if key is None else torch.stack((key, value), 1)
     exact = turned(sides, cache.format)
     codes, scales = _digit(exact, cache.format)

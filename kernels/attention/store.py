@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..errors import KernelInputError
 from ..launching.launch import Kernel, Variant
-from .cache import _SCALE_SLACK, NONE, KeyRule, KVFormat, NarrowCache, Overflow
+from .cache import _SCALE_SLACK, NONE, STRICT, KeyRule, KVFormat, NarrowCache, Overflow
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST = 512
@@ -306,7 +306,8 @@ def store(
         (tokens * format.kv_heads,),
         *(value, key, cache.codes, cache.scales, cache.second),
         *(pool.codes, pool.scales, pool.free, pool.count),
-        *(cache.tally, cache.largest.view(torch.int32), failed.view(torch.uint8), slots, limits),
+        *(cache.tally, cache.largest.view(torch.int32), failed.view(torch.uint8), slots),
+        limits * STRICT,
         *(None if rule is None else rule.weight, format.kv_heads, cache.page_size),
         constants=constants_of(format),
         warps=1,

@@ -16,6 +16,11 @@ def evaluate(context: typer.Context) -> None:
     _hand_over("evaluate", context)
 
 
+def audit(context: typer.Context) -> None:
+    """Recompute how far off keys and values in narrow numbers are."""
+    _hand_over("audit", context)
+
+
 def recover(context: typer.Context) -> None:
     """Train what a compressed checkpoint keeps against the full one."""
     _hand_over("recover", context)

@@ -1,7 +1,8 @@
-"""The commands around compressed checkpoints, each told where it stands."""
+"""The commands that work on checkpoints, each told where it stands."""
 
 import typer
 
+from ..audit.command import audit
 from .command import compress
 from .interchange.command import export, import_
 from .quality.command import evaluate
@@ -10,6 +11,7 @@ from .recovery.command import recover
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.command()(compress)
 app.command()(evaluate)
+app.command()(audit)
 app.command()(recover)
 app.command()(export)
 app.command("import")(import_)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from ...model.decoder import Decoder, DenseAttention
+from ...model.decoder import Attention, Decoder, DenseAttention
 
 RESAMPLES = 1000
 LEAST_TOKENS = 2000
@@ -76,21 +76,29 @@ def score(
     found = []
     with torch.inference_mode():
         for number, document in enumerate(documents, start=1):
-            if len(document.ids) <= max(1, document.start):
-                raise ConfigError(f"document {number} has no token to predict; leave it out")
-            found.append(_score(original, compressed, document))
+            check_document(document, number)
+            pair = [(each, hidden_states(each, document)) for each in (original, compressed)]
+            found.append(compare(document, pair))
             told(number, len(documents))
     return found
 
 
-def _score(original: Decoder, compressed: Decoder, document: Document) -> Scores:
-    device = original.embedding.weight.device
-    ids = torch.tensor(document.ids, device=device)
+def check_document(document: Document, number: int) -> None:
+    """ConfigError, which tells its number, if it has nothing to predict."""
+    if len(document.ids) <= max(1, document.start):
+        raise ConfigError(f"document {number} has no token to predict; leave it out")
+
+
+def compare(document: Document, pair: Sequence[tuple[Decoder, Tensor]]) -> Scores:
+    """What two models, or one run in two ways, predict: each a decoder and its `hidden_states`."""
+    (original, _), (compressed, _) = pair
+    ids = torch.tensor(document.ids, device=original.embedding.weight.device)
     start = max(1, document.start)
-    hidden = [_hidden(decoder, ids)[start - 1 :] for decoder in (original, compressed)]
     sums = torch.zeros(4, dtype=torch.float64)
     for targets, *rows in zip(
-        ids[start:].split(_ROWS), *(each[:-1].split(_ROWS) for each in hidden), strict=True
+        ids[start:].split(_ROWS),
+        *(own[start - 1 : -1].split(_ROWS) for _, own in pair),
+        strict=True,
     ):
         theirs, ours = (
             decoder.logits(own).double().log_softmax(-1)
@@ -109,8 +117,13 @@ def _score(original: Decoder, compressed: Decoder, document: Document) -> Scores
     return Scores(document.language, len(ids) - start, original_loss, loss, divergence, int(agreed))
 
 
-def _hidden(decoder: Decoder, ids: Tensor) -> Tensor:
-    attention = DenseAttention(decoder.config, [len(ids)])
+def hidden_states(
+    decoder: Decoder, document: Document, attention: Attention | None = None
+) -> Tensor:
+    """[T, hidden] of all its tokens, with dense attention unless another is given."""
+    ids = torch.tensor(document.ids, device=decoder.embedding.weight.device)
+    if attention is None:
+        attention = DenseAttention(decoder.config, [len(ids)])
     hidden: Tensor = decoder(ids, torch.arange(len(ids), device=ids.device), attention)
     return hidden
 

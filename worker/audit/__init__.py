@@ -1,0 +1,1 @@
+"""Audit: whether keys and values in narrow numbers are as near as promised, recomputed."""
