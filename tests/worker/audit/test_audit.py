@@ -48,8 +48,8 @@ def test_every_promise_holds(tiny_checkpoint: TinyCheckpoint, variant: int) -> N
         assert [layer.layer for layer in each.layers] == owners
         assert sum(each.widths.values()) == vectors / 2
         assert {one.language for one in each.languages} == {"all", "en", "de"}
-        assert variant == 6 or 0 <= each.languages[0].divergence < 0.5  # experts change places
     strict, loose = found[0], found[-1]
+    assert 0 <= strict.languages[0].divergence < loose.languages[0].divergence
     assert strict.second > 0.3 > loose.second and loose.saving > strict.saving
     assert loose.saving > 0.5 and set(loose.widths) == {"4", "8"}
     values_alone = any(not config.layers[i].has_value_projection for i in owners)
