@@ -18,6 +18,7 @@ It gave up keys that sequences share, which are read for each of them, and sever
 sequence, which `prefill` takes.
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -26,12 +27,14 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import KernelInputError
-from ..launching.targets import target_of
+from ..launching.launch import Variant
+from ..launching.targets import ALL, Target, target_of
 from ..sparse_gemv import overlaps
 from ..workspace import PARTIALS, workspace
 from .cache import KeyRule, KVFormat, NarrowCache
 from .decode_tiles import decode_narrow, decode_plain
 from .splits import join_splits, shape_of, turn_query
+from .store import SHIPPED
 
 PlainCache = tuple[Tensor, Tensor]
 """Keys and values, [pages, page_size, kv_heads, head_dim] each, bfloat16 or float16."""
@@ -40,6 +43,9 @@ EVERYTHING = 1 << 30
 MOST_SPLITS = 128
 _LIFTED = 2.0**-14
 """Takes back `decode_tiles._LIFT`."""
+_PAGE = 16
+"""Tokens of a page, in the bundle."""
+_SUMS = ("*fp32", "*fp32")
 _START = 96
 """Keys that a program could read in the time that it needs to start and to end."""
 _QUERIES = (torch.bfloat16, torch.float16, torch.float32)
@@ -58,11 +64,54 @@ class Plan(NamedTuple):
     """On a processor at the same time."""
 
 
-def plan_of(narrow: bool, width: int) -> Plan:
+def plan_of(width: int) -> Plan:
     """For heads of `width` bytes of codes, or of so many numbers."""
     chunk = width & -width
     chunk = min(chunk, 128) if chunk >= 32 else max(32, 1 << (width - 1).bit_length())
-    return Plan(64 if narrow else 32, chunk, 4, 2, 2)
+    return Plan(32, chunk, 4, 2, 2)
+
+
+def variants() -> Iterator[Variant]:
+    """What the bundle holds: bfloat16 queries, pages of 16 tokens, up to 16 heads a key head."""
+    for overlap in (True, False):
+        targets = tuple(target for target in ALL if overlaps(target) is overlap)
+        yield from _plain_variants(overlap, targets)
+        for form in SHIPPED:
+            yield from _narrow_variants(form, overlap, targets)
+
+
+def _plain_variants(overlap: bool, targets: tuple[Target, ...]) -> Iterator[Variant]:
+    for dim in (64, 128, 256, 512):
+        plan = plan_of(dim)
+        types = (*_SUMS, *["*bf16"] * 3, *["*i64"] * 2, *["i32"] * 4)
+        constants = _plain(dim, 16, _PAGE, plan, overlap)
+        how = plan.warps, plan.stages, targets, _options(overlap)
+        yield Variant(decode_plain, types, constants, *how)
+        yield _joining(_plain_head(dim, overlap), overlap, targets)
+
+
+def _narrow_variants(
+    form: KVFormat, overlap: bool, targets: tuple[Target, ...]
+) -> Iterator[Variant]:
+    made = form.pairs is not None
+    weight, turns = ("*fp32", "*fp16") if made else ("none", "none")
+    query = ("*i8", "*fp16", "*fp32")
+    head = _head(form, overlap)
+    options = _options(overlap)
+    asked = (*query, "*bf16", weight)
+    yield Variant(turn_query, asked, head, targets=targets, options=options)
+    plan = plan_of(form.width)
+    pages = ("*i8", "*bf16", "*i32", "*i8", "*bf16", *["*i64"] * 2)
+    types = (*_SUMS, *query, *pages, weight, turns, *["i32"] * 4)
+    constants = _narrow(form, 16, _PAGE, plan, overlap)
+    yield Variant(decode_narrow, types, constants, plan.warps, plan.stages, targets, options)
+    yield _joining({**head, "TURNED": True}, overlap, targets)
+
+
+def _joining(head: dict[str, Any], overlap: bool, targets: tuple[Target, ...]) -> Variant:
+    types = ("*bf16", *_SUMS, "i32", "fp32")
+    constants = {**head, "AT_ONCE": _AT_ONCE}
+    return Variant(join_splits, types, constants, targets=targets, options=_options(overlap))
 
 
 @lru_cache
@@ -134,7 +183,7 @@ def _decode(
     kv_heads, page = _heads_and_page(cache)
     group = heads // kv_heads
     overlap = query.is_cuda and overlaps(target_of(query.get_device()))
-    plan = plan_of(narrow, cache.format.width if isinstance(cache, NarrowCache) else dim)
+    plan = plan_of(cache.format.width if isinstance(cache, NarrowCache) else dim)
     keys = tables.shape[1] * page if window is None else min(tables.shape[1] * page, window)
     space = workspace(query.device)[0]
     spare = 0 if not narrow else rows * heads * (dim + 2)
