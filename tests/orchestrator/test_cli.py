@@ -61,7 +61,7 @@ def test_knobs(live: Any) -> None:
     listed = json.loads(invoke("workers", "--json", "--address", live.address).stdout)
     assert [each["precision"] for each in listed] == [
         None,
-        {"sparsity": 0.25, "weight_bits": 8, "bits_per_weight": 6.5},
+        {"sparsity": 0.25, "weight_bits": 8, "bits_per_weight": 6.5, "kv_error": 0.0},
     ]
 
 

@@ -43,7 +43,7 @@ def test_only_given_fields_are_sent() -> None:
         ({"stop": 3}, "sampling.stop"),
         ({"thinking": True}, "prompt"),
         ({"knobs": {"weight_bits": 3}}, "knobs.weight_bits"),
-        ({"knobs": {"max_error": 0.01}}, "knobs.max_error"),
+        ({"knobs": {"prefetch": True}}, "knobs.prefetch"),
         ({"knobs": Knobs(memory_budget=1)}, "knobs.memory_budget"),
         ({"messages": [Message("user", "hi")]}, "prompt"),
     ],

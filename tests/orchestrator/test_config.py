@@ -57,9 +57,9 @@ def test_model_paths_start_beside_the_file(tmp_path: Path) -> None:
         ([{"name": "a"}], {}, r"workers\[0\].engine: is missing"),
         ([ONE | {"engine": {"model": "m", "treads": 1}}], {}, "did you mean `threads`"),
         (
-            [ONE | {"engine": {"model": "m", "knobs": {"max_error": 0.01}}}],
+            [ONE | {"engine": {"model": "m", "knobs": {"prefetch": True}}}],
             {},
-            r"knobs.max_error: unknown key; known here: sparsity, weight_bits, memory_budget",
+            r"knobs.prefetch: unknown key; known here: sparsity, weight_bits, max_error, memory_budget",
         ),
         (
             [ONE | {"engine": {"model": "m", "knobs": {"memory_budget": "8 GB"}}}],
