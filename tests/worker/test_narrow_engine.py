@@ -46,8 +46,11 @@ def assert_no_row_leaked(engine: Engine, rows: int | None = None) -> None:
     assert free == [rows or use.rows for use in caches_of(engine).use()]
 
 
-@pytest.mark.parametrize("variant", [1, 3, 4, "5-small-table", 6, 11])
-@pytest.mark.parametrize("error", [0.005, 0.01, 0.2])
+@pytest.mark.parametrize(
+    ("variant", "error"),
+    [(1, 0.005), (1, 0.01), (1, 0.2), (3, 0.01), (4, 0.005), ("5-small-table", 0.2)]
+    + [(6, 0.01), (6, 0.2), (11, 0.005)],
+)
 def test_many_at_once_equal_one_at_a_time(
     tiny_checkpoint: TinyCheckpoint, variant: int | str, error: float
 ) -> None:
