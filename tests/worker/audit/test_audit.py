@@ -20,7 +20,7 @@ from conclave.worker.model.config import ModelConfig
 from conclave.worker.weights import load_decoder
 
 TinyCheckpoint = Callable[[int | str], Path]
-ERRORS = (0.005, 0.01, 0.03, 0.12, 0.3)
+ERRORS = (0.005, 0.01, 0.12, 0.3)
 DOCUMENTS = [Document("en", tuple(range(3, 60))), Document("de", tuple(range(90, 40, -1)), start=9)]
 
 
@@ -34,7 +34,7 @@ def spoiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "store", wrong)
 
 
-@pytest.mark.parametrize("variant", [1, 3, 6, 11])
+@pytest.mark.parametrize("variant", [1, 3])
 def test_every_promise_holds(tiny_checkpoint: TinyCheckpoint, variant: int) -> None:
     config = ModelConfig.load(tiny_checkpoint(variant))
     decoder = load_decoder(tiny_checkpoint(variant), config, torch.device("cpu"), torch.float32)
