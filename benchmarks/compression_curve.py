@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from conclave.kernels.formats import SPAN, Format, PackedWeight
 from conclave.kernels.layouts import pack
 from conclave.worker.compress.pruning import strongest
-from conclave.worker.compress.recovery.loss import losses
+from conclave.worker.compress.recovery.lessons import Lessons, autocast
+from conclave.worker.compress.recovery.loss import hidden_states, losses
 from conclave.worker.compress.recovery.schedule import Schedule
 from conclave.worker.compress.recovery.training import Recovery
 from conclave.worker.model.config import ModelConfig
@@ -132,6 +133,7 @@ class Bench:
         self.schedule = Schedule(steps=steps, sequences=rows, at_once=min(rows, 32), looks=4)
         self.config = ModelConfig.load(model)
         self.teacher = self.load().requires_grad_(False)
+        self.held_out_text = Lessons(splits["heldout"], (self.teacher,))
         self.norms = dict(norms_of(self.teacher, splits["training"][:NORM_ROWS].to(device)))
         self.loss = self.held_out(self.teacher)
 
@@ -169,10 +171,10 @@ class Bench:
 
     def held_out(self, student: Decoder) -> float:
         """Mean negative log-likelihood of a token of the held-out rows."""
-        rows, parts = self.splits["heldout"], []
-        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
-            for part in rows.split(32):
-                found = losses(student, self.teacher, part.to(self.device))[1]
+        rows, parts = self.held_out_text, []
+        with torch.no_grad(), autocast(self.device):
+            for part in torch.arange(len(rows)).split(32):
+                found = losses(student, rows.teachers, *rows.of(part))[1]
                 parts.append(float(found) * len(part) / len(rows))
         return sum(parts)
 
@@ -193,7 +195,7 @@ def norms_of(decoder: Decoder, rows: Tensor) -> Iterator[tuple[str, Tensor]]:
             handle = module.register_forward_pre_hook(adding(sums, name))
             stack.callback(handle.remove)
         for row in rows:
-            losses(decoder, decoder, row[None])
+            hidden_states(decoder, row[None])
     return ((name, own.sqrt()) for name, own in sums.items())
 
 

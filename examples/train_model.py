@@ -173,6 +173,9 @@ def compress_command(
     rows_per_step: Annotated[int, typer.Option(help="Rows per optimizer step.")] = 64,
     rows_at_once: Annotated[int, typer.Option(help="Rows on the device.")] = 32,
     looks: Annotated[int, typer.Option(help="Looks at the validation text.")] = 20,
+    teacher: Annotated[
+        list[Path] | None, typer.Option(help="Folder of one more trained checkpoint to learn from.")
+    ] = None,
 ) -> None:
     """Prune and quantize in one shot, beside TARGET, and recover into it; needs a GPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -192,7 +195,7 @@ def compress_command(
         gradual=gradual,
         looks=looks,
     )
-    recover(one_shot, original, target, splits, schedule, device, say)
+    recover(one_shot, original, target, splits, schedule, device, say, teacher or ())
 
 
 @app.command("evaluate")

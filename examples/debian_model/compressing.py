@@ -7,7 +7,7 @@ ends of rows, a few in a hundred, which are learned without their beginning.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,12 +67,13 @@ def recover(
     schedule: Schedule,
     device: torch.device,
     say: Told,
+    teachers: Sequence[Path] = (),
 ) -> list[Look]:
-    """Train what is left against the original, judged by the validation documents."""
+    """Train what is left against the original and `teachers`, judged by the validation rows."""
 
     def told(step: int, look: Look | None) -> None:
         if look is not None:
             say(look)
 
     rows = splits.training, splits.validation
-    return recover_checkpoint(one_shot, original, target, *rows, schedule, device, told)
+    return recover_checkpoint(one_shot, original, target, *rows, schedule, device, told, teachers)

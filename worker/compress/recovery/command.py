@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -31,6 +32,10 @@ def recover(
     held_out: Annotated[
         Path | None, typer.Option(help="text to judge it by; else 1/50 of the other")
     ] = None,
+    teacher: Annotated[
+        list[Path] | None,
+        typer.Option(help="one more full checkpoint to learn from; may be given several times"),
+    ] = None,
     length: Annotated[int, typer.Option(min=2, help="tokens of a sequence")] = 512,
     steps: Annotated[int, typer.Option(help="of the optimizer")] = _DEFAULT.steps,
     sequences: Annotated[int, typer.Option(help="in a step")] = _DEFAULT.sequences,
@@ -55,9 +60,8 @@ def recover(
         schedule = Schedule(
             steps, sequences, at_once, learning_rate, text_share, gradual, looks, patience, seed
         )
-        found = recover_from_text(
-            compressed, target, original, text, held_out, length, schedule, device_of(device)
-        )
+        source = compressed, target, original, text, held_out
+        found = recover_from_text(*source, length, schedule, device_of(device), teacher or ())
     if as_json:
         json.dump({"target": str(target), "looks": list(map(asdict, found))}, sys.stdout)
         return
@@ -77,6 +81,7 @@ def recover_from_text(
     length: int,
     schedule: Schedule,
     device: torch.device,
+    teachers: Sequence[Path] = (),
 ) -> list[Look]:
     """As `recover_checkpoint`, on the text of a file; without `held_out` 1/50 of it is set aside.
 
@@ -96,5 +101,5 @@ def recover_from_text(
             told(step, schedule.steps, name)
 
         return recover_checkpoint(
-            compressed, original, target, tokens, judged, schedule, device, step_told
+            compressed, original, target, tokens, judged, schedule, device, step_told, teachers
         )

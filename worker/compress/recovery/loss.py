@@ -1,8 +1,15 @@
-"""How far the student's predictions are from the teacher's, and from the text.
+"""How far the student's predictions are from what is taught, and from the text.
+
+Taught is the mean of the teachers' probabilities. Several that were trained apart know more than
+each, where there is little text above all: a student of all of them can be better than the model
+that it was made of (Kim et al., "Pre-training under infinite compute", arXiv:2509.14786).
 
 Logits of a few rows at a time, made again for the gradient: a vocabulary of 262,144 would take 1 GB
 for a thousand rows, several times over.
 """
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,28 +18,34 @@ from torch.utils.checkpoint import checkpoint
 from ...model.decoder import Decoder, DenseAttention
 
 _ROW_NUMBERS = 1 << 25
-"""Logits that are there at once, of each of the two models."""
+"""Logits that are there at once, of each of the models."""
 
 
-def losses(student: Decoder, teacher: Decoder, tokens: Tensor) -> Tensor:
+def losses(
+    student: Decoder, teachers: Sequence[Decoder], tokens: Tensor, theirs: Sequence[Tensor]
+) -> Tensor:
     """Means over the tokens that are predicted, float32 [2].
 
-    KL(teacher || student) in nats, which has a gradient for the student, and so has the second, its
-    negative log-likelihood of the text. `tokens` is int64 [B, L]: L - 1 are predicted in each row.
+    KL(teachers || student) in nats, which has a gradient for the student, and so has the second,
+    its negative log-likelihood of the text. `tokens` is int64 [B, L]: L - 1 are predicted in each
+    row. `theirs` are what `hidden_states` has of each teacher for them.
     """
-    with torch.no_grad():
-        theirs = _hidden(teacher, tokens)
-    ours = _hidden(student, tokens)
+    ours = hidden_states(student, tokens)
     targets = tokens[:, 1:].flatten()
     rows = max(1, _ROW_NUMBERS // student.config.vocab_size)
     total = torch.zeros(2, device=tokens.device)
-    for part in zip(ours.split(rows), theirs.split(rows), targets.split(rows), strict=True):
-        total = total + checkpoint(_sums, student, teacher, *part, use_reentrant=False)
+    for part in zip(
+        ours.split(rows),
+        targets.split(rows),
+        *(states.split(rows) for states in theirs),
+        strict=True,
+    ):
+        total = total + checkpoint(_sums, student, teachers, *part, use_reentrant=False)
     return total / len(targets)
 
 
-def _hidden(decoder: Decoder, tokens: Tensor) -> Tensor:
-    """Hidden states that predict something, [B * (L - 1), hidden]."""
+def hidden_states(decoder: Decoder, tokens: Tensor) -> Tensor:
+    """The final ones that predict something, [B * (L - 1), hidden], of int64 [B, L]."""
     count, length = tokens.shape
     positions = torch.arange(length, device=tokens.device).repeat(count)
     attention = DenseAttention(decoder.config, [length] * count)
@@ -42,10 +55,20 @@ def _hidden(decoder: Decoder, tokens: Tensor) -> Tensor:
 
 
 def _sums(
-    student: Decoder, teacher: Decoder, ours: Tensor, theirs: Tensor, targets: Tensor
+    student: Decoder, teachers: Sequence[Decoder], ours: Tensor, targets: Tensor, *theirs: Tensor
 ) -> Tensor:
     with torch.no_grad():
-        wanted = teacher.logits(theirs).float().log_softmax(-1)
+        wanted = _taught(teachers, theirs)
     found = student.logits(ours).float().log_softmax(-1)
     divergence = (wanted.exp() * (wanted - found)).sum()
     return torch.stack((divergence, -found.gather(1, targets[:, None]).sum()))
+
+
+def _taught(teachers: Sequence[Decoder], theirs: Sequence[Tensor]) -> Tensor:
+    """Logarithms of the mean of their probabilities, float32 [N, vocab]."""
+    mean: Tensor | None = None
+    for teacher, states in zip(teachers, theirs, strict=True):
+        own = teacher.logits(states).float().log_softmax(-1)
+        mean = own if mean is None else torch.logaddexp(mean, own)
+    assert mean is not None
+    return mean - math.log(len(teachers))

@@ -1,5 +1,6 @@
 """From a compressed checkpoint and its original to the same, recovered."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ....kernels.formats import PackedWeight
-from ...errors import CheckpointError
+from ...errors import CheckpointError, ConfigError
 from ...loading import fingerprint
 from ...model.config import ModelConfig
 from ...weights import load_decoder
@@ -28,21 +29,28 @@ def recover_checkpoint(
     schedule: Schedule,
     device: torch.device,
     told: Told = lambda step, look: None,
+    teachers: Sequence[Path] = (),
 ) -> list[Look]:
     """Train what `compressed` keeps of `original` and write it to `target`; or go on with that.
 
     `tokens` and `held_out` are int64 [sequences, length]. Maps, formats and files are those of
-    `compressed`. Beside `target` lies TARGET.training while it runs. Raises CheckpointError, and
-    ConfigError for settings or text that will not do.
+    `compressed`. `teachers` are full checkpoints of any shape with the same tokens, which teach
+    together with the original. Beside `target` lies TARGET.training while it runs. Raises
+    CheckpointError, and ConfigError for settings, text or teachers that will not do.
     """
     config = ModelConfig.load(compressed)
     if ModelConfig.load(original) != config:
         raise CheckpointError(f"{compressed} and {original} are not of the same model")
     manifest, contents = read_list(compressed, config)
-    key = _key(compressed, original, tokens, held_out)
+    for other in teachers:
+        _check_words(original, other)
+    key = _key((compressed, original, *teachers), tokens, held_out)
     student = load_compressed(compressed, config, device, torch.float32, packed=False)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    teacher = load_decoder(original, config, device, dtype).requires_grad_(False)
+    teacher, *others = (
+        load_decoder(folder, ModelConfig.load(folder), device, dtype).requires_grad_(False)
+        for folder in (original, *teachers)
+    )
     stored: dict[str, Tensor | PackedWeight] = {}
     for file in contents.files:
         path = compressed / file
@@ -52,7 +60,7 @@ def recover_checkpoint(
     state = target.with_name(target.name + ".training")
     target.parent.mkdir(parents=True, exist_ok=True)
     writer = CheckpointWriter(target, compressed, key)
-    run = Recovery(student, packed, teacher, schedule, state, key)
+    run = Recovery(student, packed, teacher, schedule, state, key, others=others)
     run.run(tokens, held_out, told)
     found = dict[str, Tensor | PackedWeight](run.packed())
     trained = run.plain()
@@ -61,13 +69,27 @@ def recover_checkpoint(
         prefix = f"layers.{index}."
         writer.write_layer(index, {n: own for n, own in found.items() if n.startswith(prefix)})
     writer.write_rest({n: own for n, own in found.items() if not n.startswith("layers.")})
-    writer.finish({**manifest.about, "recovery": _account(schedule, tokens, run)})
+    account = _account(schedule, tokens, run)
+    account["teachers"] = [folder.name for folder in (original, *teachers)]
+    writer.finish({**manifest.about, "recovery": account})
     return run.looks
 
 
-def _key(compressed: Path, original: Path, tokens: Tensor, held_out: Tensor) -> str:
+def _check_words(original: Path, other: Path) -> None:
+    """Refuse a teacher whose token ids mean something else."""
+    sizes = [ModelConfig.load(folder).vocab_size for folder in (original, other)]
+    files = [folder / "tokenizer.json" for folder in (original, other)]
+    there = all(file.exists() for file in files)
+    if sizes[0] != sizes[1] or (there and files[0].read_bytes() != files[1].read_bytes()):
+        raise ConfigError(
+            f"{other} cannot teach beside {original}: its tokens are others; give teachers with "
+            "the same tokenizer.json"
+        )
+
+
+def _key(folders: Sequence[Path], tokens: Tensor, held_out: Tensor) -> str:
     """What must be the same to go on with a run."""
-    digest = sha256((fingerprint(compressed) + fingerprint(original)).encode())
+    digest = sha256("".join(map(fingerprint, folders)).encode())
     for own in (tokens, held_out):
         digest.update(own.numpy().tobytes())
     return digest.hexdigest()

@@ -1,14 +1,14 @@
 """Training what a compressed checkpoint has kept against the full model that it was made of.
 
-The teacher and the student, with the optimizer's two numbers for each of its weights, are on one
-device together. What is trained is kept in float32 and computed in bfloat16 on a GPU. A run that
+Teachers and student, with the optimizer's two numbers for each of its weights, are on one device
+together. What is trained is kept in float32 and computed in bfloat16 on a GPU. A run that
 was killed goes on from the last look at the held-out text, through the same numbers. What it gave
 up: more than one device, and models whose optimizer does not fit beside them.
 """
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -20,6 +20,7 @@ from torch import Tensor
 from ....kernels.formats import PackedWeight
 from ...errors import CheckpointError, ConfigError
 from ...model.decoder import Decoder
+from .lessons import Lessons, autocast
 from .loss import losses
 from .schedule import Schedule
 from .trained import Stored, train_packed, trained_values
@@ -33,7 +34,7 @@ class Look:
     training_divergence: float
     training_loss: float
     divergence: float
-    """KL(teacher || student) on the held-out text."""
+    """KL(teachers || student) on the held-out text."""
     loss: float
     """Negative log-likelihood of the held-out text."""
 
@@ -49,6 +50,7 @@ class Recovery:
         student: float32, on the device that trains, with the values of `packed` in it.
         packed: the weights that are stored packed, by the decoder's names, on the same device.
         teacher: the full model, on the same device, in any floating dtype.
+        others: more models of the same vocabulary there; the mean of all is what is taught.
         schedule: how to train.
         state: file for what a killed run needs to go on; `key` tells which run it is of.
         masks: bool [E?, R, K] by name, for patterns that no format knows; see `train_packed`.
@@ -63,8 +65,10 @@ class Recovery:
         state: Path,
         key: str = "",
         masks: Mapping[str, Tensor] = MappingProxyType({}),
+        others: Sequence[Decoder] = (),
     ) -> None:
-        self.student, self.teacher, self.schedule = student, teacher, schedule
+        self.student, self.schedule = student, schedule
+        self.teachers = (teacher, *others)
         self.looks: list[Look] = []
         self.best: Look | None = None
         self._state, self._key = state, key
@@ -96,17 +100,18 @@ class Recovery:
                 f"recovery has {len(tokens)} sequences to train on and {len(held_out)} held out, "
                 f"and takes {schedule.sequences} a step: give more text, or shorter sequences"
             )
+        judged = Lessons(held_out, self.teachers)
+        lessons = Lessons(tokens, self.teachers)
         if device.type == "cuda":
-            self._compile(tokens[: schedule.sequences][: schedule.at_once].to(device))
+            self._compile(*lessons.of(torch.arange(schedule.sequences)[: schedule.at_once]))
         batches = _batches(len(tokens), schedule, self._step)
         recent: list[Tensor] = []
         while self._step < schedule.steps and not self._in_vain():
-            chosen = tokens[next(batches)].to(device)
-            recent.append(self._learn(chosen))
+            recent.append(self._learn(lessons, next(batches)))
             self._step += 1
             look = None
             if schedule.is_look(self._step):
-                look = self._look(torch.stack(recent).mean(0).tolist(), held_out)
+                look = self._look(torch.stack(recent).mean(0).tolist(), judged)
                 recent.clear()
             told(self._step, look)
         self._restore(self._best_values)
@@ -124,12 +129,12 @@ class Recovery:
         names = self.student.state_dict().items()
         return {name: own for name, own in names if ".parametrizations." not in f".{name}"}
 
-    def _compile(self, sequences: Tensor) -> None:
+    def _compile(self, sequences: Tensor, theirs: list[Tensor]) -> None:
         """Several times as fast; where there is no compiler, it goes without."""
         compiled = torch.compile(losses)
         try:
-            with _autocast(sequences.device):
-                compiled(self.student, self.teacher, sequences).sum().backward()
+            with autocast(sequences.device):
+                compiled(self.student, self.teachers, sequences, theirs).sum().backward()
         except Exception as error:  # of any part of a compiler
             warnings.warn(f"recovery is slow, for it could not be compiled: {error}", stacklevel=2)
             torch.compiler.reset()
@@ -137,16 +142,16 @@ class Recovery:
             self._losses = compiled
         self._optimizer.zero_grad(set_to_none=True)
 
-    def _learn(self, sequences: Tensor) -> Tensor:
+    def _learn(self, lessons: Lessons, chosen: Tensor) -> Tensor:
         """One step of the optimizer; divergence and loss before it, [2]."""
         self._set_kept(self._step)
         for group in self._optimizer.param_groups:
             group["lr"] = self.schedule.rate(self._step)
-        found = torch.zeros(2, device=sequences.device)
-        for part in sequences.split(self.schedule.at_once):
-            share = len(part) / len(sequences)
-            with _autocast(sequences.device):
-                own = self._losses(self.student, self.teacher, part) * share
+        found = torch.zeros(2, device=self.student.embedding.weight.device)
+        for part in chosen.split(self.schedule.at_once):
+            share = len(part) / len(chosen)
+            with autocast(found.device):
+                own = self._losses(self.student, self.teachers, *lessons.of(part)) * share
             divergence, loss = own
             text = self.schedule.text_share
             ((1 - text) * divergence + text * loss).backward()
@@ -156,13 +161,13 @@ class Recovery:
         self._optimizer.zero_grad(set_to_none=True)
         return found
 
-    def _look(self, training: list[float], held_out: Tensor) -> Look:
+    def _look(self, training: list[float], held_out: Lessons) -> Look:
         """Look at the held-out text in the final form, keep what is best, and save the run."""
         self._set_kept(self.schedule.steps)
-        device, parts = self.student.embedding.weight.device, []
-        with torch.no_grad(), _autocast(device):
-            for part in held_out.split(self.schedule.at_once):
-                found = losses(self.student, self.teacher, part.to(device))
+        parts = []
+        with torch.no_grad(), autocast(self.student.embedding.weight.device):
+            for part in torch.arange(len(held_out)).split(self.schedule.at_once):
+                found = losses(self.student, self.teachers, *held_out.of(part))
                 parts.append(found * (len(part) / len(held_out)))
         look = Look(self._step, *training, *torch.stack(parts).sum(0).tolist())
         if not look.divergence < float("inf"):
@@ -244,7 +249,3 @@ def _batches(count: int, schedule: Schedule, done: int) -> Iterator[Tensor]:
         order = torch.randperm(count, generator=draw)[: per_epoch * schedule.sequences]
         yield from order.split(schedule.sequences)[first:]
         epoch, first = epoch + 1, 0
-
-
-def _autocast(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")

@@ -1,5 +1,7 @@
 """Recovery makes a compressed checkpoint better, and can be killed."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,11 +15,14 @@ from conclave.worker.compress.layerwise import compress_checkpoint
 from conclave.worker.compress.manifest import MANIFEST, read_manifest
 from conclave.worker.compress.reader import load_compressed, read_weights
 from conclave.worker.compress.recipe import Recipe
+from conclave.worker.compress.recovery.lessons import Lessons
+from conclave.worker.compress.recovery.loss import hidden_states, losses
 from conclave.worker.compress.recovery.recover import recover_checkpoint
 from conclave.worker.compress.recovery.schedule import Schedule
 from conclave.worker.compress.recovery.training import Look
 from conclave.worker.errors import CheckpointError, ConfigError
 from conclave.worker.model.config import ModelConfig
+from conclave.worker.weights import load_decoder
 
 Checkpoint = Callable[[int | str], Path]
 CPU = torch.device("cpu")
@@ -104,6 +109,62 @@ def test_killed_it_goes_on_to_the_same_bytes(
     assert files == {path.name for path in (tmp_path / "again").iterdir()}
     for name in files:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_several_teach_together(
+    pair: tuple[Path, Path], tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """Another shape with the same tokens teaches beside the original, and is not forgotten."""
+    other, schedule = tiny_checkpoint("3"), Schedule(steps=4, sequences=8, looks=2)
+    alone = recover(pair, tmp_path / "alone", schedule)
+    together = recover(pair, tmp_path / "together", schedule, teachers=[other])
+    assert together[-1].loss != alone[-1].loss
+    about = read_manifest(tmp_path / "together" / MANIFEST).about
+    assert about["recovery"]["teachers"] == [pair[1].name, other.name]
+
+
+def test_teachers_have_the_same_tokens(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(pair[1], other)
+    config = json.loads((other / "config.json").read_text())
+    text_config = config.get("text_config", config)
+    text_config["vocab_size"] -= 8
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="tokens are others"):
+        recover(pair, tmp_path / "a", Schedule(steps=1, sequences=4), teachers=[other])
+
+
+def test_the_mean_of_probabilities_is_taught(tiny_checkpoint: Checkpoint) -> None:
+    folders = [tiny_checkpoint(name) for name in ("1", "3")]
+    teachers = [load_decoder(own, ModelConfig.load(own), CPU, torch.float32) for own in folders]
+    tokens = text(3)
+    lessons = Lessons(tokens, teachers)
+    chosen = torch.tensor([2, 0])
+    for _ in range(2):  # made, then as kept
+        read, theirs = lessons.of(chosen)
+        assert torch.equal(read, tokens[chosen])
+        with torch.no_grad():
+            divergence, loss = losses(teachers[0], teachers, read, theirs)
+            each = [own.logits(hidden_states(own, read)).softmax(-1) for own in teachers]
+        mean = (each[0] + each[1]) / 2
+        expected = (mean * (mean.log() - each[0].log())).sum(-1).mean()
+        torch.testing.assert_close(divergence, expected, rtol=1e-4, atol=1e-6)
+        targets = read[:, 1:].flatten()
+        torch.testing.assert_close(
+            loss, -each[0].log().gather(1, targets[:, None]).mean(), rtol=1e-4, atol=1e-6
+        )
+
+
+def test_lessons_without_room_are_made_again(
+    tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = load_decoder(
+        tiny_checkpoint("1"), ModelConfig.load(tiny_checkpoint("1")), CPU, torch.float32
+    )
+    kept = Lessons(text(3), [teacher]).of(torch.tensor([1]))
+    monkeypatch.setattr("conclave.worker.compress.recovery.lessons._SHARE", 0.0)
+    made = Lessons(text(3), [teacher]).of(torch.tensor([1]))
+    torch.testing.assert_close(made[1][0], kept[1][0])
 
 
 def test_it_ends_early_with_what_was_best(pair: tuple[Path, Path], tmp_path: Path) -> None:
