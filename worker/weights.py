@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
@@ -35,6 +36,9 @@ FOREIGN = re.compile(
 )
 """Towers of wrapper checkpoints that a text decoder leaves on the disk."""
 DTYPES = ("BF16", "F16", "F32", "F64")
+
+Settle = Callable[[Decoder, int], None]
+"""Told of a decoder and the number of a layer that has just been loaded, before the next one is."""
 
 Change = Callable[[str, Tensor], Tensor]
 """What a tensor, by its name without prefix, becomes on its way from the checkpoint."""
@@ -81,22 +85,28 @@ class CheckpointReader:
         stored = (file.get_slice(name).get_dtype() for file, name in self._sources.values())
         return torch.bfloat16 if all(dtype == "BF16" for dtype in stored) else torch.float32
 
+    @property
+    def count(self) -> int:
+        """Tensors that the decoder takes from the checkpoint."""
+        return len(self._sources)
+
     def fill(
-        self, tensors: Mapping[str, Tensor], progress: Callable[[int, int], None] | None = None
+        self, tensors: Mapping[str, Tensor], progress: Callable[[], None] | None = None
     ) -> None:
         """Copies what the checkpoint has for each of `tensors`, named as in `model_tensors`.
 
-        `progress` is told (tensors loaded, tensors in all) after each.
+        `progress` is called after each.
         """
-        wanted = [name for name in self._sources if self._table[name].parameter in tensors]
-        for done, name in enumerate(wanted, start=1):
+        for name in self._sources:
+            if self._table[name].parameter not in tensors:
+                continue
             file, stored = self._sources[name]
             tensor = file.get_tensor(stored)
             with torch.no_grad():
                 changed = tensor if self._change is None else self._change(name, tensor)
                 self._table[name].view(tensors).copy_(changed)
             if progress is not None:
-                progress(done, len(wanted))
+                progress()
 
 
 def load_decoder(
@@ -105,11 +115,32 @@ def load_decoder(
     device: torch.device,
     dtype: torch.dtype,
     progress: Callable[[int, int], None] | None = None,
+    settle: Settle | None = None,
 ) -> Decoder:
-    """The decoder of a checkpoint folder, on `device` in `dtype`; see `CheckpointReader`."""
+    """The decoder of a checkpoint folder, on `device` in `dtype`; see `CheckpointReader`.
+
+    One layer after the other, each with a call of `settle`, then the rest. `progress` is told
+    (tensors loaded, tensors in all) after each tensor.
+    """
+    done = count(1)
     with CheckpointReader(folder, config) as reader:
-        decoder = empty_decoder(config, device, dtype)
-        reader.fill(model_tensors(decoder), progress)
+
+        def told() -> None:
+            if progress is not None:
+                progress(next(done), reader.count)
+
+        decoder = blank_decoder(config)
+        for index, layer in enumerate(decoder.layers):
+            allocate(layer, device, dtype)
+            prefix = f"layers.{index}."
+            own = {prefix + name: each for name, each in model_tensors(layer).items()}
+            reader.fill(own, told)
+            if settle is not None:
+                settle(decoder, index)
+        allocate(decoder, device, dtype)
+        every = model_tensors(decoder).items()
+        rest = {name: each for name, each in every if not name.startswith("layers.")}
+        reader.fill(rest, told)
     return decoder.eval()
 
 
@@ -117,13 +148,6 @@ def blank_decoder(config: ModelConfig) -> Decoder:
     """A decoder without storage: names and shapes alone."""
     with torch.device("meta"):
         return Decoder(config)
-
-
-def empty_decoder(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Decoder:
-    """A decoder whose weights are allocated and not yet filled, as by `allocate`."""
-    decoder = blank_decoder(config)
-    allocate(decoder, device, dtype)
-    return decoder
 
 
 def allocate(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:

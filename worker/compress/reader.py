@@ -19,7 +19,7 @@ from ..errors import CheckpointError
 from ..model.config import ModelConfig
 from ..model.decoder import Decoder
 from ..model.packed import fill, put_packed
-from ..weights import allocate, blank_decoder, model_tensors
+from ..weights import Settle, allocate, blank_decoder, model_tensors
 from .contents import Contents, check_tensors
 from .manifest import COPIED, MANIFEST, PROGRESS, FileRecord, Manifest, WeightRecord, read_manifest
 
@@ -49,18 +49,20 @@ def load_compressed(
     dtype: torch.dtype,
     progress: Callable[[int, int], None] | None = None,
     packed: bool | None = None,
+    settle: Settle | None = None,
 ) -> Decoder:
     """The decoder of a compressed checkpoint, on `device`, its plain weights in `dtype`.
 
     `packed` tells whether packed weights stay so; None: on a GPU. `progress` is told (weights
-    loaded, weights in all) after each file. Raises CheckpointError, which names the file or the
-    tensor, if a file is missing, changed or too many, or tensors are not what the model needs.
+    loaded, weights in all) after each file, `settle` called after each layer. Raises
+    CheckpointError, which names the file or the tensor, if a file is missing, changed or too many,
+    or tensors are not what the model needs.
     """
     manifest, contents = read_list(folder, config)
     if packed is None:
         packed = device.type != "cpu"
     decoder, done = blank_decoder(config), 0
-    for file in contents.files:
+    for index, file in enumerate(contents.files):
         path, record = folder / file, manifest.files[file]
         weights = read_weights(path, record, contents, manifest.weights, device)
         done += len(weights)
@@ -69,6 +71,8 @@ def load_compressed(
         # A layer after the other: what stays packed must be in place before this is done.
         allocate(decoder.get_submodule(contents.parts[file]), device, dtype)
         _copy(weights, model_tensors(decoder))
+        if settle is not None and contents.parts[file]:
+            settle(decoder, index)
         if progress is not None:
             progress(done, len(contents.shapes))
     return decoder.eval()

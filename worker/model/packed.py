@@ -6,7 +6,7 @@ compressed checkpoint they can be packed too. Where there are no kernels, on a C
 be unpacked for every product; there `round_decoder` is for.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -77,32 +77,33 @@ class PackedExperts(Experts):
         return grouped_linear(grouped_linear(inputs, gate_up, experts, gated=True), down, experts)
 
 
-def pack_decoder(decoder: Decoder, format: Format) -> None:
-    """Bring the large weights of every layer into `format`, in place, one after the other.
+def pack_decoder(decoder: Decoder, format: Format, layer: int | None = None) -> None:
+    """Bring the large weights of one layer, or of every one, into `format`, in place.
 
     Raises ConfigError, which names the weight, if the format does not fit it.
     """
-    for module, names in packable(decoder).items():
+    for module, names in packable(decoder, layer).items():
         plain = [decoder.get_parameter(name) for name in names]
         weights = [_pack(*each, format) for each in zip(names, plain, strict=True)]
         put_packed(decoder, module, weights, plain[0].dtype)
 
 
-def round_decoder(decoder: Decoder, format: Format) -> None:
+def round_decoder(decoder: Decoder, format: Format, layer: int | None = None) -> None:
     """Give the same weights the values that `pack_decoder` would keep, and leave them dense."""
-    for names in packable(decoder).values():
+    for names in packable(decoder, layer).values():
         for name in names:
             weight = decoder.get_parameter(name)
             fill(name, weight, _pack(name, weight, format))
 
 
-def packable(decoder: Decoder) -> dict[str, tuple[str, ...]]:
-    """Of a decoder's layers, while plain: module that can be packed -> names of its weights.
+def packable(decoder: Decoder, layer: int | None = None) -> dict[str, tuple[str, ...]]:
+    """Of one layer or of all, while plain: module that can be packed -> names of its weights.
 
     The weights of one module are packed together or not at all.
     """
     modules: dict[str, tuple[str, ...]] = {}
-    for name, module in decoder.named_modules():
+    prefix = "" if layer is None else f"layers.{layer}"
+    for name, module in decoder.get_submodule(prefix).named_modules(prefix=prefix):
         if isinstance(module, SelfAttention):
             modules |= {f"{name}.{part}": (f"{name}.{part}.weight",) for part in ("qkv", "out")}
         elif isinstance(module, MLP):
@@ -110,6 +111,24 @@ def packable(decoder: Decoder) -> dict[str, tuple[str, ...]]:
         elif isinstance(module, Experts):
             modules[name] = (f"{name}.gate_up", f"{name}.down")
     return modules
+
+
+def large_tensors(layer: nn.Module) -> Iterator[Tensor]:
+    """What holds a layer's large weights, plain or packed: those of attention, MLP and experts."""
+    for module in layer.modules():
+        match module:
+            case PackedLinear():
+                yield from module.weight.tensors().values()
+            case PackedMLP():
+                yield from module.gate_up.tensors().values()
+                yield from module.down.tensors().values()
+            case PackedExperts():
+                for weight in module.packed:
+                    yield from weight.tensors().values()
+            case Experts():
+                yield from (module.gate_up, module.down)
+            case MLP() | SelfAttention():
+                yield from (own.weight for own in module.children() if isinstance(own, nn.Linear))
 
 
 def tables(decoder: Decoder) -> dict[str, tuple[str, ...]]:

@@ -2,16 +2,39 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
 from ...kernels.errors import LayoutError
-from ...kernels.formats import SPAN, Format, packed_bytes
+from ...kernels.formats import SPAN, Format, packed_bytes, tensor_shapes
 from ...kernels.linear import MOST_EXPANDED
 from ..errors import ConfigError
 from ..precision import Precision
 from .decoder import Decoder
 from .packed import packable
+
+ALIGNMENT = 256
+"""Bytes: where tensors of one block of memory begin, as kernels and copies want it."""
+
+
+def aligned(size: int) -> int:
+    """`size` in bytes, rounded up to `ALIGNMENT`."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStorage:
+    """The large weights of one layer: attention's, the MLP's, the experts'."""
+
+    block: int
+    """Bytes in one block of memory, each tensor aligned."""
+    expert_block: int
+    """Of them those of experts."""
+    weights: int
+    """Numbers, experts' left out, by which each token is multiplied."""
+    expert_weights: int
+    """Numbers of all experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +42,9 @@ class Storage:
     """The weights of one model on its device."""
 
     bytes: int
+    rest: int
+    """Bytes of what is not a layer's large weights: embeddings, head, norms, routers."""
+    layers: tuple[LayerStorage, ...]
     expanded: int
     """Bytes of the largest packed matrix when it is written out dense, as for long prompts, or of
     the largest part that is at once."""
@@ -54,7 +80,35 @@ def storage_of(
             large_bytes += own
             pruned += 0 if format is None else tensor.numel() * (1 - format.kept / SPAN)
             fewest = min(fewest, plain_bits if format is None else format.bits)
-    return Storage(size, expanded, Precision(pruned / weights, fewest, 8 * large_bytes / weights))
+    precision = Precision(pruned / weights, fewest, 8 * large_bytes / weights)
+    stored = formats if packed else {}
+    layers = tuple(_layer(decoder, index, stored, dtype) for index in range(len(decoder.layers)))
+    return Storage(size, size - large_bytes, layers, expanded, precision)
+
+
+def _layer(
+    decoder: Decoder, index: int, formats: Mapping[str, Format], dtype: torch.dtype
+) -> LayerStorage:
+    block = expert_block = weights = expert_weights = 0
+    for name in (name for names in packable(decoder, index).values() for name in names):
+        tensor = decoder.get_parameter(name)
+        own = _block(tensor.shape, formats.get(name), dtype)
+        block += own
+        if tensor.dim() == 3:
+            expert_block += own
+            expert_weights += tensor.numel()
+        else:
+            weights += tensor.numel()
+    return LayerStorage(block, expert_block, weights, expert_weights)
+
+
+def _block(shape: torch.Size, format: Format | None, dtype: torch.dtype) -> int:
+    """Bytes of a weight's tensors, each aligned."""
+    if format is None:
+        return aligned(shape.numel() * dtype.itemsize)
+    experts = shape[0] if len(shape) == 3 else None
+    tensors = tensor_shapes(format, shape[-2], shape[-1], experts).values()
+    return sum(aligned(prod(own) * kind.itemsize) for own, kind in tensors)
 
 
 def _packed(name: str, shape: torch.Size, format: Format) -> int:
