@@ -187,7 +187,7 @@ class GetLoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetLoadResponse(_message.Message):
-    __slots__ = ("running_sequences", "waiting_sequences", "outstanding_tokens", "pools", "prompt_tokens", "cached_tokens", "completion_tokens", "preemptions", "steps", "tokens_per_second", "draining", "step_age_seconds")
+    __slots__ = ("running_sequences", "waiting_sequences", "outstanding_tokens", "pools", "prompt_tokens", "cached_tokens", "completion_tokens", "preemptions", "steps", "tokens_per_second", "draining", "step_age_seconds", "streaming")
     RUNNING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     WAITING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     OUTSTANDING_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -200,6 +200,7 @@ class GetLoadResponse(_message.Message):
     TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     STEP_AGE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    STREAMING_FIELD_NUMBER: _ClassVar[int]
     running_sequences: int
     waiting_sequences: int
     outstanding_tokens: int
@@ -212,7 +213,22 @@ class GetLoadResponse(_message.Message):
     tokens_per_second: float
     draining: bool
     step_age_seconds: float
-    def __init__(self, running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., outstanding_tokens: _Optional[int] = ..., pools: _Optional[_Iterable[_Union[BlockPool, _Mapping]]] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., steps: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., draining: _Optional[bool] = ..., step_age_seconds: _Optional[float] = ...) -> None: ...
+    streaming: Streaming
+    def __init__(self, running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., outstanding_tokens: _Optional[int] = ..., pools: _Optional[_Iterable[_Union[BlockPool, _Mapping]]] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., steps: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., draining: _Optional[bool] = ..., step_age_seconds: _Optional[float] = ..., streaming: _Optional[_Union[Streaming, _Mapping]] = ...) -> None: ...
+
+class Streaming(_message.Message):
+    __slots__ = ("layers", "slots", "host_bytes", "copied_bytes", "stalled_seconds")
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    HOST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    COPIED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STALLED_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    layers: int
+    slots: int
+    host_bytes: int
+    copied_bytes: int
+    stalled_seconds: float
+    def __init__(self, layers: _Optional[int] = ..., slots: _Optional[int] = ..., host_bytes: _Optional[int] = ..., copied_bytes: _Optional[int] = ..., stalled_seconds: _Optional[float] = ...) -> None: ...
 
 class BlockPool(_message.Message):
     __slots__ = ("window", "blocks", "used", "cached", "narrow")

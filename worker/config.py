@@ -76,6 +76,15 @@ class EngineConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _prefetch_has_a_budget(self) -> "EngineConfig":
+        if self.knobs.prefetch is not None and self.knobs.memory_budget is None:
+            raise ValueError(
+                "knobs.prefetch is about weights that do not fit knobs.memory_budget: "
+                "give that too, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_weight_format(self) -> "EngineConfig":
         kept = self.knobs.sparsity is not None or self.knobs.weight_bits is not None
         if self.weight_format is not None and kept:

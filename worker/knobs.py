@@ -17,10 +17,15 @@ from .precision import Precision
 MOST_SPARSITY = 0.75
 """What 4:16 prunes."""
 WEIGHT_BITS = (4, 8, 16)
+MOST_AHEAD, AHEAD = 8, 2
+"""Layers that are copied ahead of the one that runs: at most, and by default. Two, with a slot
+for each layer beside them, keep the link busy although copies take longer at times."""
 LEAST_ERROR, MOST_ERROR = 0.001, 0.5
 """Less is hardly more than what bfloat16 itself is off; more would keep nothing."""
 GROUP = 64
 """Columns that share a scale: 64 divides the widths of every Gemma 4, 128 not."""
+WORKERS_OWN = ("memory_budget", "prefetch")
+"""Knobs that are no business of a request."""
 _SPAN = 16
 """Weights of which so many are pruned."""
 _ROUNDING = 1e-6
@@ -45,6 +50,9 @@ class Knobs(BaseModel):
     memory_budget: float | str | None = None
     """What weights, KV cache and workspace of a worker may take together: GiB, or a share of the
     device's memory such as "60%"."""
+    prefetch: bool | int | None = None
+    """Whether weights that do not fit `memory_budget` are copied while other layers run, or how
+    many layers ahead; False copies each when it is needed. None is True."""
 
     @field_validator("sparsity")
     @classmethod
@@ -81,6 +89,13 @@ class Knobs(BaseModel):
             raise ValueError('give GiB, such as 12.5, or a share of the memory, such as "60%"')
         return value if text.endswith("%") else number
 
+    @field_validator("prefetch")
+    @classmethod
+    def _is_a_depth(cls, value: bool | int | None) -> bool | int | None:
+        if value is not None and not 0 <= value <= MOST_AHEAD:
+            raise ValueError(f"must be true, false, or 0 to {MOST_AHEAD} layers ahead")
+        return value
+
     @classmethod
     def checked(cls, fields: Mapping[str, object]) -> Self:
         """Of a request's plain fields; raises InvalidRequest that names every field at fault."""
@@ -88,8 +103,10 @@ class Knobs(BaseModel):
             found = cls.model_validate(dict(fields))
         except ValidationError as error:
             raise InvalidRequest([*_violations(error)]) from None
-        if found.memory_budget is not None:
-            raise InvalidRequest.of("knobs.memory_budget", "is a worker's: set it in its `engine`")
+        own = [name for name in WORKERS_OWN if getattr(found, name) is not None]
+        if own:
+            text = "is a worker's: set it in its `engine`"
+            raise InvalidRequest([Violation(f"knobs.{name}", text) for name in own])
         return found
 
     @property
@@ -110,6 +127,11 @@ class Knobs(BaseModel):
         if isinstance(self.memory_budget, str):
             return int(memory * float(self.memory_budget.removesuffix("%")) / 100)
         return None if self.memory_budget is None else int(self.memory_budget * 2**30)
+
+    @property
+    def ahead(self) -> int:
+        """Layers that are copied ahead of the one that runs; 0 copies each when it is needed."""
+        return AHEAD if self.prefetch is None or self.prefetch is True else int(self.prefetch)
 
     def limits_broken(self, found: Precision) -> list[Violation]:
         """Why weights of such precision must not answer a request with these knobs."""

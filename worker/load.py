@@ -3,6 +3,7 @@
 from collections import deque
 from dataclasses import dataclass
 
+from .memory.streaming import StreamUse
 from .running.caches import NarrowUse
 from .scheduling.cache import PoolUse
 
@@ -31,6 +32,8 @@ class Load:
     tokens_per_second: float = 0.0
     narrow: tuple[NarrowUse, ...] = ()
     """For each pool, where keys and values are narrow; up to `STALE` seconds old."""
+    stream: StreamUse | None = None
+    """Of layers that do not stay on the device."""
 
 
 class Meter:

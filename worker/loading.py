@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -15,26 +16,23 @@ from .compress.manifest import MANIFEST, read_manifest
 from .compress.reader import check_settings, is_compressed, load_compressed, read_list
 from .config import EngineConfig
 from .errors import CheckpointError, ConfigError
+from .memory.device import cache_memory, free_memory, memory_of
+from .memory.plan import Plan, gib, plan_memory
+from .memory.streaming import LayerStream
 from .model.config import ModelConfig, cache_groups
 from .model.decoder import Decoder
 from .model.packed import pack_decoder, packable, round_decoder
 from .model.storage import Storage, storage_of
-from .narrow import key_weights, kv_formats, second_share, token_bytes
+from .narrow import expected_token_bytes, key_weights, kv_formats, second_share, token_bytes
 from .precision import Precision
 from .running.caches import NarrowCaches, PlainCaches
 from .running.runner import ModelRunner
-from .scheduling.sizing import CachePlan, context_of, plan_cache
-from .scheduling.workspace import workspace
+from .scheduling.sizing import CachePlan, plan_cache
 from .text.tokenizer import Tokenizer
 from .weights import blank_decoder, load_decoder
 
 Progress = Callable[[int, int], None]
 """Called with tensors loaded so far and in all."""
-
-_GPU_SHARE = 0.9
-"""Of the GPU memory free after loading; the rest is for activations."""
-_CPU_SHARE, _CPU_LIMIT = 0.25, 2**30
-"""Of the free host memory, and at most: other programs live there too."""
 
 _SAMPLES, _SAMPLE_BYTES = 64, 65536
 """Places and bytes read of each weight file for the fingerprint."""
@@ -96,16 +94,23 @@ def load_model(config: EngineConfig, progress: Progress | None = None) -> Loaded
             f"{model.vocab_size}: they do not belong together"
         )
     blank = blank_decoder(model)
-    format = None if is_compressed(folder) else _weight_format(config)
-    formats = _formats(folder, model, blank, format)
+    format = None if is_compressed(folder) else weight_format(config)
+    formats = formats_of(folder, model, blank, format)
     storage = storage_of(blank, formats, dtype, packed=device.type != "cpu")
     if is_compressed(folder):
         _check_knobs(config, storage)
-    budget = _budget_left(config, model, storage, device, dtype)
-    decoder = _decoder(folder, model, device, dtype, format, progress)
-    memory = _free_memory(device) if budget is None else budget
-    plan, caches, kv_error = _caches(config, model, decoder, memory, device, dtype)
-    runner = ModelRunner(decoder, model, caches, config.block_size, device, dtype)
+    budget = _plan(config, model, storage, device, dtype)
+    stream = None
+    if budget is not None and budget.residency.streamed:
+        stream = LayerStream(budget.residency, device, prefetch=budget.ahead > 0)
+    with ExitStack() as undo:
+        if stream is not None:
+            undo.callback(stream.close)
+        decoder = _decoder(folder, model, device, dtype, format, stream, progress)
+        memory = cache_memory(device) if budget is None else budget.cache
+        plan, caches, kv_error = _caches(config, model, decoder, memory, device, dtype)
+        undo.pop_all()
+    runner = ModelRunner(decoder, model, caches, config.block_size, device, dtype, stream)
     return LoadedModel(
         config=model,
         runner=runner,
@@ -150,17 +155,26 @@ def _decoder(
     device: torch.device,
     dtype: torch.dtype,
     format: Format | None,
+    stream: LayerStream | None,
     progress: Progress | None,
 ) -> Decoder:
-    """The decoder of either kind of checkpoint, packed into `format` if there is one."""
+    """The decoder of either kind of checkpoint, packed into `format` and streamed if so asked."""
+
+    def settle(decoder: Decoder, layer: int) -> None:
+        if format is not None:
+            change = round_decoder if device.type == "cpu" else pack_decoder
+            change(decoder, format, layer)
+        if stream is not None:
+            stream.take(decoder, layer)
+
     if is_compressed(folder):
-        return load_compressed(folder, model, device, dtype, progress)
-    decoder = load_decoder(folder, model, device, dtype, progress)
-    if format is not None and device.type == "cpu":
-        round_decoder(decoder, format)
-    elif format is not None:
-        pack_decoder(decoder, format)
+        decoder = load_compressed(folder, model, device, dtype, progress, settle=settle)
+    else:
+        decoder = load_decoder(folder, model, device, dtype, progress, settle)
+    if device.type == "cuda":  # what single layers took on their way
         torch.cuda.empty_cache()
+    if stream is not None:
+        stream.start(decoder)
     return decoder
 
 
@@ -225,7 +239,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def _weight_format(config: EngineConfig) -> Format | None:
+def weight_format(config: EngineConfig) -> Format | None:
     """What loading packs a plain checkpoint into."""
     text = config.weight_format or config.knobs.weight_format
     try:
@@ -234,7 +248,7 @@ def _weight_format(config: EngineConfig) -> Format | None:
         raise ConfigError(f"weight_format: {error}") from error
 
 
-def _formats(
+def formats_of(
     folder: Path, model: ModelConfig, blank: Decoder, format: Format | None
 ) -> Mapping[str, Format]:
     """Of the weights that are compressed on the disk, or will be on loading, by name."""
@@ -255,64 +269,26 @@ def _check_knobs(config: EngineConfig, storage: Storage) -> None:
         )
 
 
-def _budget_left(
+def _plan(
     config: EngineConfig,
     model: ModelConfig,
     storage: Storage,
     device: torch.device,
     dtype: torch.dtype,
-) -> int | None:
-    """Bytes of `memory_budget` beside weights and workspace; None without one.
+) -> Plan | None:
+    """How the budget is divided up, if there is one.
 
-    Raises ConfigError, before anything is loaded, if nothing is left.
+    Raises ConfigError, before anything is loaded, if the device has not so much free or it does not
+    suffice.
     """
-    budget = config.knobs.budget(_memory(device))
+    budget = config.knobs.budget(memory_of(device))
     if budget is None:
         return None
-    context = context_of(config, model.max_position_embeddings)
-    step = workspace(config, model, context, dtype.itemsize, storage.expanded)
-    asked = f"knobs.memory_budget is {_gib(budget)}, but"
     # A host gives the memory of its file cache away when it is asked for.
-    if device.type == "cuda" and budget > _available(device):
+    if device.type == "cuda" and budget > free_memory(device):
         raise ConfigError(
-            f"{asked} {device} has {_gib(_available(device))} free; lower it, or end what else "
-            "runs there"
+            f"knobs.memory_budget is {gib(budget)}, but {device} has {gib(free_memory(device))} "
+            "free; lower it, or end what else runs there"
         )
-    if storage.bytes >= budget:
-        smaller = "make them smaller (the knobs weight_bits and sparsity, or `conclave compress`)"
-        remedy = smaller if device.type != "cpu" else "take a smaller model: a CPU unpacks weights"
-        raise ConfigError(
-            f"{asked} the weights alone take {_gib(storage.bytes)}; raise it, or {remedy}"
-        )
-    if storage.bytes + step >= budget:
-        raise ConfigError(
-            f"{asked} weights take {_gib(storage.bytes)} and one step up to {_gib(step)}; raise "
-            "it, or lower max_step_tokens, max_sequences or max_context"
-        )
-    return budget - storage.bytes - step
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.3g} GiB"
-
-
-def _memory(device: torch.device) -> int:
-    """Bytes that the device has."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _available(device: torch.device) -> int:
-    """Bytes that are free now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes that the KV cache may take by default."""
-    free = _available(device)
-    if device.type == "cuda":
-        return int(free * _GPU_SHARE)
-    return min(int(free * _CPU_SHARE), _CPU_LIMIT)
+    bytes_each = expected_token_bytes(model, config.knobs.max_error, dtype.itemsize)
+    return plan_memory(config, model, storage, budget, dtype.itemsize, bytes_each)

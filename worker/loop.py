@@ -135,7 +135,7 @@ class EngineLoop:
 
     def state(self) -> Load:
         """How busy the engine is now."""
-        scheduler, meter = self.scheduler, self._meter
+        scheduler, meter, stream = self.scheduler, self._meter, self._model.runner.stream
         sequences = (s for answer in self._answers.values() for s in answer.sequences)
         present = [s for s in sequences if s.state is not State.FINISHED]
         return Load(
@@ -151,6 +151,7 @@ class EngineLoop:
             steps=meter.steps,
             tokens_per_second=meter.rate(time.monotonic()),
             narrow=self._narrow_use(),
+            stream=None if stream is None else stream.use(),
         )
 
     def _narrow_use(self) -> tuple[NarrowUse, ...]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.attention.cache import BITS, KeyRule, KVFormat
-from .model.config import CacheGroup, LayerConfig, ModelConfig
+from .model.config import CacheGroup, LayerConfig, ModelConfig, cache_groups
 from .model.decoder import Decoder
 from .model.layers import rope_frequencies
 
@@ -73,6 +73,25 @@ def token_bytes(group: CacheGroup, format: KVFormat, share: float) -> int:
     """Of one token in all layers of a group, with its share of the pool."""
     pool = share * format.kv_heads * format.row_bytes
     return math.ceil(len(group.layers) * (format.token_bytes + pool))
+
+
+def expected_token_bytes(
+    config: ModelConfig, max_error: float | None, dtype_size: int
+) -> list[int]:
+    """Of one token in each cache group, before weights are known: k_norm's are taken to be even."""
+    groups = cache_groups(config)
+    if max_error is None:
+        return [group.bytes_per_token(dtype_size) for group in groups]
+    even = {
+        index: torch.ones(layer.head_dim)
+        for index, layer in enumerate(config.layers)
+        if layer.kv_source == index and not layer.has_value_projection
+    }
+    formats = kv_formats(config, groups, max_error, even)
+    return [
+        token_bytes(group, format, second_share(format, max_error))
+        for group, format in zip(groups, formats, strict=True)
+    ]
 
 
 def _format(

@@ -57,9 +57,9 @@ def test_model_paths_start_beside_the_file(tmp_path: Path) -> None:
         ([{"name": "a"}], {}, r"workers\[0\].engine: is missing"),
         ([ONE | {"engine": {"model": "m", "treads": 1}}], {}, "did you mean `threads`"),
         (
-            [ONE | {"engine": {"model": "m", "knobs": {"prefetch": True}}}],
+            [ONE | {"engine": {"model": "m", "knobs": {"eviction": True}}}],
             {},
-            r"knobs.prefetch: unknown key; known here: .*, weight_bits, max_error, memory_budget",
+            r"knobs.eviction: unknown key; known here: .*, max_error, memory_budget, prefetch",
         ),
         (
             [ONE | {"engine": {"model": "m", "knobs": {"memory_budget": "8 GB"}}}],

@@ -52,7 +52,7 @@ def test_the_gateway_names_the_knob_at_fault(rig: Any, run: Any) -> None:
             )
             with pytest.raises(Exception, match=r"knobs.sparsity: .*; knobs.weight_bits: choose"):
                 await stub.Complete(gateway_pb2.CompleteRequest(request=request))
-            with pytest.raises(InvalidRequest, match=r"knobs.prefetch: is unknown"):
+            with pytest.raises(InvalidRequest, match=r"knobs.prefetch: is a worker's"):
                 await fleet.client.generate("hi", knobs={"prefetch": True})
             assert not fleet.workers[0].asked
 

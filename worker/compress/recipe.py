@@ -7,7 +7,7 @@ from typing import Self
 
 from ...kernels.formats import GROUPS, Format
 from ..errors import ConfigError
-from ..knobs import Knobs
+from ..knobs import WORKERS_OWN, Knobs
 from .allocation import Sensitivity, allot
 from .pruning import Mode
 
@@ -36,7 +36,7 @@ class Recipe:
 
         Raises ConfigError if they leave everything as it is, or are about memory.
         """
-        for name in ("max_error", "memory_budget"):
+        for name in ("max_error", *WORKERS_OWN):
             if getattr(knobs, name) is not None:
                 raise ConfigError(f"{name} is a knob of engines, not of compression: leave it out")
         if knobs.weight_format is None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.reference import Pages, plan_pages
+from ..memory.streaming import LayerStream
 from ..model.config import ModelConfig, cache_groups
 from ..model.decoder import Decoder
 from .batch import Chunk, Step, build_step
@@ -27,6 +28,7 @@ class ModelRunner:
         block_size: tokens in a block of them.
         device: where all is.
         dtype: of the queries.
+        stream: of the layers that do not stay on the device, if there are any.
     """
 
     def __init__(
@@ -37,12 +39,14 @@ class ModelRunner:
         block_size: int,
         device: torch.device,
         dtype: torch.dtype,
+        stream: LayerStream | None = None,
     ) -> None:
         self.decoder = decoder.requires_grad_(False)
         self.config = config
         self.caches = caches
         self.block_size = block_size
         self.device = device
+        self.stream = stream
         self.groups = cache_groups(config)
         self.windows = [group.window for group in self.groups]
         # Kernels mask as they go.
@@ -55,7 +59,7 @@ class ModelRunner:
         """Chunks of the last step with keys or values for which there was no room: what the step
         says of them is not within their error."""
         self._recorded: RecordedDecode | None = None
-        if isinstance(caches, PlainCaches) and can_record(config, device):
+        if stream is None and isinstance(caches, PlainCaches) and can_record(config, device):
             tensors = caches.tensors
             self._recorded = RecordedDecode(self._run, tensors, self.windows, block_size)
 

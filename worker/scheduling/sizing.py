@@ -6,6 +6,7 @@ context is; so they get just that, and full-attention layers share the rest.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import mul
 
 from ..config import EngineConfig
 from ..errors import ConfigError
@@ -67,6 +68,19 @@ def plan_cache(
             )
     total = sum(count * each for count, each in zip(blocks, block_bytes, strict=True))
     return CachePlan(context, tuple(blocks), total)
+
+
+def cache_bytes(
+    config: EngineConfig,
+    groups: Sequence[CacheGroup],
+    model_context: int,
+    token_bytes: Sequence[int],
+) -> tuple[int, int]:
+    """What `plan_cache` needs for one sequence, and the most that it makes use of."""
+    context = context_of(config, model_context)
+    blocks = [_blocks_of_one(group, context, config) for group in groups]
+    one = config.block_size * sum(map(mul, blocks, token_bytes))
+    return one, one * config.max_sequences
 
 
 def context_of(config: EngineConfig, model_context: int) -> int:

@@ -226,6 +226,7 @@ def usage(spent: events.Usage) -> pb.Usage:
 
 def load(state: Load, step_age: float, draining: bool) -> worker_pb2.GetLoadResponse:
     """How busy an engine is, as a message."""
+    stream = state.stream
     return worker_pb2.GetLoadResponse(
         running_sequences=state.running,
         waiting_sequences=state.waiting,
@@ -248,6 +249,7 @@ def load(state: Load, step_age: float, draining: bool) -> worker_pb2.GetLoadResp
         tokens_per_second=state.tokens_per_second,
         draining=draining,
         step_age_seconds=step_age,
+        streaming=None if stream is None else worker_pb2.Streaming(**asdict(stream)),
     )
 
 

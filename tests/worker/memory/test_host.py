@@ -1,0 +1,54 @@
+"""Host memory: exact sizes, and errors that say what to change."""
+
+import resource
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from conclave.worker.errors import ConfigError
+from conclave.worker.memory.host import HostBlock, refusal
+
+
+def test_a_block_has_the_bytes_asked_for() -> None:
+    block = HostBlock(100_001)
+    assert block.size == 100_001 and block.memory.dtype == torch.uint8
+    assert block.memory.data_ptr() % resource.getpagesize() == 0
+    block.memory.fill_(7)
+    block.close()
+    assert block.size == 0
+
+
+def test_memory_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"the host has no 1.05e\+06 GiB .* free some, or raise"):
+        HostBlock(1 << 50)
+
+
+def test_locking_is_undone_and_a_refusal_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    runtime = SimpleNamespace(
+        cudaHostRegister=lambda place, size, flags: calls.append(("lock", place, size)) or 0,
+        cudaHostUnregister=lambda place: calls.append(("unlock", place)),
+        cudaGetErrorString=lambda status: "out of memory",
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    block = HostBlock(5000)
+    place = block.memory.data_ptr()
+    block.lock()
+    block.close()
+    block.close()
+    assert calls == [("lock", place, 5000), ("unlock", place)]
+    runtime.cudaHostRegister = lambda *_: 2
+    refused = HostBlock(1 << 20)
+    with pytest.raises(ConfigError, match=r"does not lock .* \(out of memory\).*`ulimit -l`"):
+        refused.lock()
+    refused.close()
+    assert len(calls) == 2
+
+
+def test_a_refusal_names_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (8 << 20, 8 << 20))
+    assert "may lock 0.00781 GiB" in refusal(1 << 30, "why")
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY,) * 2)
+    assert "may lock unlimited" in refusal(1 << 30, "why")

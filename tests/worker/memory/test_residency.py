@@ -1,0 +1,51 @@
+"""Which layers are streamed: laws that hold for any sizes, and the cases one can count by hand."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conclave.worker.memory.residency import Residency, choose, least
+
+BLOCKS = st.lists(st.integers(1, 1000), min_size=1, max_size=70)
+
+
+@given(BLOCKS, st.integers(0, 60_000), st.integers(0, 8))
+def test_it_fits_and_every_slot_is_shared(blocks: list[int], room: int, ahead: int) -> None:
+    found = choose(blocks, room, ahead)
+    assert (found is None) == (room < least(blocks, ahead))
+    if found is None:
+        return
+    assert found.bytes <= room and found.blocks == tuple(blocks)
+    assert list(found.streamed) == sorted(set(found.streamed))
+    assert found.slots <= ahead + 1 and len(found.streamed) >= 2 * found.slots
+    assert bool(found.streamed) == (sum(blocks) > room)
+
+
+@given(BLOCKS, st.integers(0, 60_000), st.integers(0, 8))
+def test_each_follows_another_in_its_slot(blocks: list[int], room: int, ahead: int) -> None:
+    found = choose(blocks, room, ahead)
+    if found is None or not found.streamed:
+        return
+    positions = range(len(found.streamed))
+    assert sorted(map(found.next, positions)) == [*positions]
+    assert all(found.next(each) % found.slots == each % found.slots for each in positions)
+    assert all(found.next(each) != each for each in positions)
+
+
+def test_what_lacks_room_is_streamed_and_no_more() -> None:
+    found = choose([10] * 60, 500, 2)
+    assert found is not None
+    assert (len(found.streamed), found.slots, found.copied, found.bytes) == (13, 3, 130, 500)
+    assert found.streamed == (0, 4, 9, 13, 18, 23, 27, 32, 36, 41, 46, 50, 55)
+    # On demand there is one slot, so fewer layers have to go.
+    on_demand = choose([10] * 60, 500, 0)
+    assert on_demand is not None
+    assert (len(on_demand.streamed), on_demand.slots) == (11, 1)
+    # Where a single layer lacks room, two take turns in its place.
+    assert choose([10] * 60, 590, 2) == Residency((10,) * 60, (0, 30), 1)
+
+
+def test_a_slot_holds_the_largest_layer() -> None:
+    found = choose([10, 30, 10, 10], 49, 0)
+    assert found is not None
+    assert found.streamed == (0, 1, 2) and found.slot_bytes == 30 and found.bytes == 40
+    assert least([10, 30, 10, 10], 0) == 30 and choose([10, 30, 10, 10], 29, 0) is None

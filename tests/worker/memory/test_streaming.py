@@ -1,0 +1,159 @@
+"""Streamed layers on a CPU: the same tokens as resident ones, in the order that was planned.
+
+Slots that are given back are filled with NaN, so whoever read one too early or too late would show.
+"""
+
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from conclave.kernels.formats import Format
+from conclave.worker.memory.residency import choose, least
+from conclave.worker.memory.streaming import LayerStream
+from conclave.worker.model.config import ModelConfig
+from conclave.worker.model.decoder import Decoder, DenseAttention
+from conclave.worker.model.packed import pack_decoder, packable
+from conclave.worker.model.storage import Storage, storage_of
+from conclave.worker.weights import blank_decoder, load_decoder
+
+CPU = torch.device("cpu")
+Checkpoint = Callable[[int | str], Path]
+PLAIN, SPARSE, INT4 = None, Format.parse("5:16-int4-g32"), Format.parse("dense-int4-g32")
+
+
+class Streamed:
+    """A tiny model whose layers have room for so many bytes; None lets all stay."""
+
+    def __init__(
+        self,
+        folder: Path,
+        format: Format | None = None,
+        ahead: int = 2,
+        room: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        config = ModelConfig.load(folder)
+        blocks = [layer.block for layer in storage(config, format, dtype).layers]
+        residency = choose(blocks, sum(blocks) if room is None else room, ahead)
+        assert residency is not None
+        self.stream = LayerStream(residency, CPU, prefetch=ahead > 0, poison=True)
+
+        def settle(decoder: Decoder, layer: int) -> None:
+            if format is not None:
+                pack_decoder(decoder, format, layer)
+            self.stream.take(decoder, layer)
+
+        self.decoder = load_decoder(folder, config, CPU, dtype, settle=settle)
+        if residency.streamed:
+            self.stream.start(self.decoder)
+
+    @torch.inference_mode()
+    def logits(self, length: int) -> torch.Tensor:
+        """float32 [length, vocab], of some tokens."""
+        attention = DenseAttention(self.decoder.config, [length])
+        tokens = torch.arange(5, 5 + length)
+        return self.decoder.logits(self.decoder(tokens, torch.arange(length), attention))
+
+
+def storage(config: ModelConfig, format: Format | None, dtype: torch.dtype) -> Storage:
+    blank = blank_decoder(config)
+    names = [name for names in packable(blank).values() for name in names]
+    formats = {} if format is None else dict.fromkeys(names, format)
+    return storage_of(blank, formats, dtype, packed=True)
+
+
+@pytest.mark.parametrize(
+    ("variant", "format", "dtype"),
+    [
+        ("1", PLAIN, torch.float32),
+        ("1", PLAIN, torch.bfloat16),
+        ("4", SPARSE, torch.float32),
+        ("1", INT4, torch.bfloat16),
+        ("5", SPARSE, torch.bfloat16),
+        ("6", PLAIN, torch.float32),
+    ],
+)
+def test_tokens_are_those_of_resident_layers(
+    variant: str, format: Format | None, dtype: torch.dtype, tiny_checkpoint: Checkpoint
+) -> None:
+    folder = tiny_checkpoint(variant)
+    resident = Streamed(folder, format, dtype=dtype)
+    wanted = [resident.logits(length) for length in (11, 1)]
+    blocks = resident.stream.residency.blocks
+    for ahead, share in product((0, 1, 2), (0.0, 0.5, 1.0)):
+        least_bytes = least(blocks, ahead)
+        room = least_bytes + int(share * (sum(blocks) - 1 - least_bytes))
+        streamed = Streamed(folder, format, ahead, room, dtype)
+        assert streamed.stream.residency.streamed
+        for _ in range(3):
+            for length, expected in zip((11, 1), wanted, strict=True):
+                assert torch.equal(streamed.logits(length), expected)
+
+
+def test_copies_come_when_they_were_planned(
+    tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    fill, acquire = LayerStream._fill, LayerStream.acquire
+
+    def told_fill(self: LayerStream, position: int) -> None:
+        seen.append(f"copy {position}")
+        fill(self, position)
+
+    def told_acquire(self: LayerStream, position: int) -> None:
+        seen.append(f"run {position}")
+        acquire(self, position)
+
+    monkeypatch.setattr(LayerStream, "_fill", told_fill)
+    monkeypatch.setattr(LayerStream, "acquire", told_acquire)
+    folder = tiny_checkpoint("1")
+    blocks = Streamed(folder).stream.residency.blocks
+    ahead = Streamed(folder, room=least(blocks, 1), ahead=1)
+    assert ahead.stream.residency.slots == 2 and len(ahead.stream.residency.streamed) == 6
+    assert seen == ["copy 0", "copy 1"]
+    step = [word for each in range(6) for word in (f"run {each}", f"copy {(each + 2) % 6}")]
+    for _ in range(2):
+        seen.clear()
+        ahead.logits(3)
+        assert seen == step
+    use = ahead.stream.use()
+    assert use.copied_bytes == ahead.stream.residency.copied * 2 + sum(blocks[:2])
+    seen.clear()
+    demand = Streamed(folder, room=least(blocks, 0), ahead=0)
+    assert seen == []
+    demand.logits(3)
+    assert seen == [word for each in range(6) for word in (f"run {each}", f"copy {each}")]
+    assert demand.stream.use().stalled_seconds > 0
+
+
+def test_a_slot_that_is_given_back_is_nan(tiny_checkpoint: Checkpoint) -> None:
+    folder = tiny_checkpoint("1")
+    blocks = Streamed(folder).stream.residency.blocks
+    demand = Streamed(folder, room=least(blocks, 0), ahead=0)
+    assert demand.logits(3).isfinite().all()
+    weight = demand.decoder.get_parameter("layers.5.feed_forward.mlp.down.weight")
+    assert weight.isnan().all()
+    assert demand.decoder.get_parameter("layers.5.attention.head_norms").isfinite().all()
+
+
+def test_a_step_that_fails_leaves_the_next_one_right(tiny_checkpoint: Checkpoint) -> None:
+    folder = tiny_checkpoint("1")
+    resident = Streamed(folder)
+    blocks = resident.stream.residency.blocks
+    for ahead in (0, 1):
+        streamed = Streamed(folder, room=least(blocks, ahead), ahead=ahead)
+        for layer in (0, 3, 5):
+            handle = streamed.decoder.get_submodule(
+                f"layers.{layer}.attention"
+            ).register_forward_hook(fail)
+            with pytest.raises(RuntimeError, match="on purpose"):
+                streamed.logits(4)
+            handle.remove()
+            assert torch.equal(streamed.logits(4), resident.logits(4))
+
+
+def fail(*_: object) -> None:
+    raise RuntimeError("on purpose")

@@ -1,0 +1,32 @@
+"""What a device has in memory, and what of it is free."""
+
+import os
+
+import torch
+
+_GPU_SHARE = 0.9
+"""Of the GPU memory free after loading; the rest is for activations."""
+_CPU_SHARE, _CPU_LIMIT = 0.25, 2**30
+"""Of the free host memory, and at most: other programs live there too."""
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes that the device has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def cache_memory(device: torch.device) -> int:
+    """Bytes that the KV cache may take by default."""
+    free = free_memory(device)
+    if device.type == "cuda":
+        return int(free * _GPU_SHARE)
+    return min(int(free * _CPU_SHARE), _CPU_LIMIT)

@@ -1,0 +1,103 @@
+"""How long a step takes on a device whose rates are known, and what limits it: arithmetic alone.
+
+A step reads the stored weights once, multiplies by them for every token, and waits for what is
+streamed. What it gave up: attention over long contexts and the cache's own reading, so a step of
+many tokens in long contexts takes longer.
+"""
+
+from dataclasses import dataclass
+
+from ..model.config import LayerConfig, ModelConfig
+from ..model.storage import LayerStorage, Storage
+from .residency import Residency
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What a device does in a second."""
+
+    link: float
+    """Bytes copied from locked host memory."""
+    memory: float
+    """Bytes of weights that kernels read at one token."""
+    compute: float
+    """Floating-point operations of products of many tokens."""
+    overhead: float = 20e-6
+    """Seconds of a layer beside its large weights: norms, attention, launches."""
+
+
+H100 = Rates(link=54e9, memory=1.9e12, compute=4.5e14)
+"""An H100 on PCIe gen5: a single layer's linears of 5:16 int4 read 63 % of what a copy does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """The time of one step."""
+
+    tokens: int
+    compute: float
+    """Seconds, were all weights resident."""
+    transfer: float
+    """Seconds that the link is busy."""
+    overlapped: bool
+
+    @property
+    def seconds(self) -> float:
+        """The longer one where copies run during compute, else their sum."""
+        parts = self.compute, self.transfer
+        return max(parts) if self.overlapped else sum(parts)
+
+    @property
+    def limit(self) -> str:
+        """What more of would make it faster first."""
+        return "link" if self.transfer > self.compute else "compute"
+
+    @property
+    def gain(self) -> float:
+        """Of prefetch over copying on demand; 2 at most, where both take equally long."""
+        parts = self.compute, self.transfer
+        return sum(parts) / max(parts)
+
+
+def forecast(
+    model: ModelConfig,
+    storage: Storage,
+    residency: Residency,
+    ahead: int,
+    tokens: int,
+    rates: Rates,
+) -> Forecast:
+    """One step of so many tokens, of which few are scored: a head in bfloat16 is read once."""
+    layers = zip(model.layers, storage.layers, strict=True)
+    head = 2 * model.vocab_size * model.hidden_size / rates.memory
+    compute = head + sum(_seconds(*each, tokens, rates) for each in layers)
+    return Forecast(tokens, compute, residency.copied / rates.link, ahead > 0)
+
+
+def balance(
+    model: ModelConfig, storage: Storage, residency: Residency, rates: Rates, most: int = 1 << 16
+) -> int | None:
+    """Tokens of a step at which computing takes as long as copying, where prefetch gains most.
+
+    None if nothing is streamed, or one token computes for longer already.
+    """
+
+    def computes_longer(tokens: int) -> bool:
+        found = forecast(model, storage, residency, 1, tokens, rates)
+        return found.compute >= found.transfer
+
+    if not residency.streamed or computes_longer(1):
+        return None
+    low, high = 1, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if computes_longer(middle) else (middle, high)
+    return high
+
+
+def _seconds(layer: LayerConfig, stored: LayerStorage, tokens: int, rates: Rates) -> float:
+    """Of one layer, all its weights at hand."""
+    each = 0.0 if layer.experts is None else layer.experts.active / layer.experts.count
+    read = stored.block - stored.expert_block * (1 - min(1.0, tokens * each))
+    operations = 2 * tokens * (stored.weights + stored.expert_weights * each)
+    return max(read / rates.memory, operations / rates.compute) + rates.overhead
