@@ -98,7 +98,7 @@ def load_model(config: EngineConfig, progress: Progress | None = None) -> Loaded
     formats = formats_of(folder, model, blank, format)
     storage = storage_of(blank, formats, dtype, packed=device.type != "cpu")
     if is_compressed(folder):
-        _check_knobs(config, storage)
+        check_knobs(config, storage)
     budget = _plan(config, model, storage, device, dtype)
     stream = None
     if budget is not None and budget.residency.streamed:
@@ -251,15 +251,23 @@ def weight_format(config: EngineConfig) -> Format | None:
 def formats_of(
     folder: Path, model: ModelConfig, blank: Decoder, format: Format | None
 ) -> Mapping[str, Format]:
-    """Of the weights that are compressed on the disk, or will be on loading, by name."""
+    """Of the weights that are compressed on the disk, or will be on loading, by name.
+
+    Of a compressed checkpoint only what lists its weights is read.
+    """
     if is_compressed(folder):
         manifest, _ = read_list(folder, model)
         return {name: Format.parse(own.format) for name, own in manifest.weights.items()}
+    return formats_on_loading(blank, format)
+
+
+def formats_on_loading(blank: Decoder, format: Format | None) -> Mapping[str, Format]:
+    """The same of a plain checkpoint that is packed into `format`, if there is one."""
     names = (name for names in packable(blank).values() for name in names)
     return {} if format is None else dict.fromkeys(names, format)
 
 
-def _check_knobs(config: EngineConfig, storage: Storage) -> None:
+def check_knobs(config: EngineConfig, storage: Storage) -> None:
     """ConfigError if a compressed checkpoint is not what the knobs would make of its original."""
     if missed := config.knobs.misses(storage.precision):
         raise ConfigError(

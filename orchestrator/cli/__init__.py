@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 from ...worker.errors import ConclaveError, ConfigError, InvalidRequest
 from .ask import generate, score
-from .compress import audit, compress, evaluate, export, import_, recover
+from .compress import audit, compress, evaluate, export, import_, plan, recover
 from .demo import demo
 from .output import errors
 from .run import serve, stop, workers
@@ -43,7 +43,7 @@ app = typer.Typer(
 for command in (serve, stop, workers, generate, score, token, demo):
     app.command()(command)
 _HANDED_OVER = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-for handed_over in (compress, evaluate, audit, recover, export, import_):
+for handed_over in (compress, evaluate, audit, plan, recover, export, import_):
     name = handed_over.__name__.rstrip("_")
     app.command(name, context_settings=_HANDED_OVER)(handed_over)
 

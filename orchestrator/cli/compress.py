@@ -21,6 +21,11 @@ def audit(context: typer.Context) -> None:
     _hand_over("audit", context)
 
 
+def plan(context: typer.Context) -> None:
+    """Tell how a memory budget would be divided up, and how long steps would take."""
+    _hand_over("plan", context)
+
+
 def recover(context: typer.Context) -> None:
     """Train what a compressed checkpoint keeps against the full one."""
     _hand_over("recover", context)

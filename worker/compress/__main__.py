@@ -3,6 +3,7 @@
 import typer
 
 from ..audit.command import audit
+from ..memory.command import plan
 from .command import compress
 from .interchange.command import export, import_
 from .quality.command import evaluate
@@ -12,6 +13,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.command()(compress)
 app.command()(evaluate)
 app.command()(audit)
+app.command()(plan)
 app.command()(recover)
 app.command()(export)
 app.command("import")(import_)

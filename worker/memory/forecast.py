@@ -26,8 +26,11 @@ class Rates:
     """Seconds of a layer beside its large weights: norms, attention, launches."""
 
 
-H100 = Rates(link=54e9, memory=1.9e12, compute=4.5e14)
-"""An H100 on PCIe gen5: a single layer's linears of 5:16 int4 read 63 % of what a copy does."""
+OF_COPY = 0.63
+"""What kernels read of weights, over what a copy on the device reads and writes: the linears of a
+31B layer in 5:16 int4 at one token (docs/log.md)."""
+H100 = Rates(link=54e9, memory=OF_COPY * 2.9e12, compute=6.5e14)
+"""An H100 on PCIe gen5, for where there is none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,13 @@ def test_memory_that_is_not_there_is_refused() -> None:
 
 def test_locking_is_undone_and_a_refusal_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
+
+    def lock(place: int, size: int, flags: int) -> int:
+        calls.append(("lock", place, size))
+        return 0
+
     runtime = SimpleNamespace(
-        cudaHostRegister=lambda place, size, flags: calls.append(("lock", place, size)) or 0,
+        cudaHostRegister=lock,
         cudaHostUnregister=lambda place: calls.append(("unlock", place)),
         cudaGetErrorString=lambda status: "out of memory",
     )

@@ -1,0 +1,155 @@
+"""Budgets divided up, steps foretold, and the command that tells both."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from conclave.kernels.formats import Format
+from conclave.worker import EngineConfig
+from conclave.worker.compress.__main__ import app
+from conclave.worker.errors import ConfigError
+from conclave.worker.loading import formats_on_loading
+from conclave.worker.memory.forecast import H100, Rates, balance, forecast
+from conclave.worker.memory.plan import Plan, plan_memory
+from conclave.worker.memory.shapes import NAMES, shape_of
+from conclave.worker.model.config import ModelConfig, cache_groups
+from conclave.worker.model.storage import Storage, storage_of
+from conclave.worker.weights import blank_decoder
+
+GIB = 2**30
+
+
+def sizes(name: str, format: str | None) -> tuple[ModelConfig, Storage]:
+    model = shape_of(name)
+    blank = blank_decoder(model)
+    formats = formats_on_loading(blank, None if format is None else Format.parse(format))
+    return model, storage_of(blank, formats, torch.bfloat16, packed=True)
+
+
+DENSE, INT4, EXPERTS = sizes("31b", None), sizes("31b", "dense-int4-g64"), sizes("26b", None)
+
+
+def plan_of(model: ModelConfig, storage: Storage, budget: float, **fields: object) -> Plan:
+    config = EngineConfig.model_validate(
+        {"model": "m", "max_sequences": 8, "max_step_tokens": 64, "max_context": 4096, **fields}
+    )
+    bytes_each = [group.bytes_per_token(2) for group in cache_groups(model)]
+    return plan_memory(config, model, storage, int(budget), 2, bytes_each)
+
+
+def knobs(**fields: object) -> dict[str, object]:
+    return {"knobs": {"memory_budget": 1, **fields}}
+
+
+def test_shapes_are_those_of_the_models() -> None:
+    counts = {
+        name: sum(p.numel() for p in blank_decoder(shape_of(name)).parameters()) for name in NAMES
+    }
+    assert abs(counts["31b"] - 30.697e9) < 2e6 and abs(counts["26b"] - 25.233e9) < 2e6
+    assert shape_of("31b", 4).layers[-1].window is None
+
+
+@given(st.floats(4, 80))
+def test_a_budget_is_used_and_never_exceeded(budget: float) -> None:
+    for model, storage in (DENSE, INT4, EXPERTS):
+        try:
+            plan = plan_of(model, storage, budget * GIB)
+        except ConfigError as error:
+            assert "but the least for this model is" in str(error)
+            continue
+        taken = plan.rest + plan.step + plan.cache + plan.residency.bytes
+        assert taken == plan.budget == int(budget * GIB) and plan.cache > 0
+
+
+def test_all_weights_stay_where_they_can() -> None:
+    model, storage = INT4
+    assert not plan_of(model, storage, 24 * GIB).residency.streamed
+    plan = plan_of(model, storage, 16 * GIB)
+    assert 0 < len(plan.residency.streamed) < 60 and plan.residency.slots == 3
+    demand = plan_of(model, storage, 16 * GIB, **knobs(prefetch=False))
+    assert demand.residency.slots == 1 and demand.residency.copied < plan.residency.copied
+
+
+def test_more_memory_copies_less() -> None:
+    model, storage = DENSE
+    plans = [plan_of(model, storage, size * GIB) for size in range(8, 64)]
+    copied = [plan.residency.copied for plan in plans]
+    assert all(after <= before for before, after in pairwise(copied)) and copied[-1] == 0
+
+
+def test_the_least_budget_that_is_told_is_the_least() -> None:
+    model, storage = DENSE
+    low, high = 1, 64 * GIB
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            plan_of(model, storage, middle)
+            high = middle
+        except ConfigError as error:
+            low, told = middle, str(error)
+    assert f"is {high / GIB:.3g} GiB (" in told and "GiB the cache of one sequence" in told
+
+
+def test_a_step_takes_the_longer_one_or_the_sum() -> None:
+    model, storage = INT4
+    residency = plan_of(model, storage, 12 * GIB).residency
+    for tokens in (1, 64, 4096):
+        ahead, demand = (forecast(model, storage, residency, n, tokens, H100) for n in (2, 0))
+        assert ahead.seconds == max(ahead.compute, ahead.transfer)
+        assert demand.seconds == ahead.compute + ahead.transfer
+        assert demand.seconds / ahead.seconds == pytest.approx(ahead.gain) and 1 < ahead.gain <= 2
+        assert ahead.limit == ("link" if tokens < 1000 else "compute")
+    even = balance(model, storage, residency, H100)
+    assert even is not None
+    assert forecast(model, storage, residency, 2, even, H100).gain > 1.99
+    fast = Rates(link=1e15, memory=1e12, compute=1e15)
+    assert balance(model, storage, residency, fast) is None
+
+
+def test_few_tokens_read_few_experts() -> None:
+    model, storage = EXPERTS
+    residency = plan_of(model, storage, 64 * GIB).residency
+    one, many = (forecast(model, storage, residency, 2, n, H100).compute for n in (1, 16))
+    assert one < many / 3
+    read = 2 * 3.82e9  # of the parameters that a token meets
+    assert one == pytest.approx(read / H100.memory + 30 * H100.overhead, rel=0.1)
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["plan", *arguments])
+
+
+def test_the_command_tells_and_draws(tmp_path: Path) -> None:
+    picture = tmp_path / "plan.png"
+    options = ("--weight-bits", "4", "--memory-budget", "16", "--max-sequences", "8")
+    result = run("--shape", "31b", *options, "--link", "50", "--json", "--plot", str(picture))
+    assert result.exit_code == 0 and picture.stat().st_size > 1000
+    told = json.loads(result.stdout)
+    assert told["copied_bytes"] > 0 and len(told["streamed"]) > told["slots"] == 3
+    first = told["steps"][0]
+    assert first["tokens"] == 1 and first["limit"] == "link"
+    assert first["transfer_seconds"] == pytest.approx(told["copied_bytes"] / 50e9)
+    shown = " ".join(run("--shape", "31b", *options, "--tokens", "2048").stdout.split())
+    assert "3 slots for" in shown and "as long as copying at" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--memory-budget", "8"], "give a checkpoint or --shape"),
+        (["--shape", "70b", "--memory-budget", "8"], "choose one of 31b, 26b"),
+        (["--shape", "31b", "--memory-budget", "4"], "the least for this model is"),
+        (["--shape", "31b", "--memory-budget", "much"], "--memory-budget: give GiB"),
+        (["--shape", "31b", "--memory-budget", "8", "--weight-bits", "5"], "--weight-bits: choose"),
+    ],
+)
+def test_what_cannot_be_planned_is_said(arguments: list[str], message: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 1 and message in " ".join(result.stderr.split())

@@ -1,0 +1,154 @@
+"""`conclave plan MODEL --memory-budget 16`: what streaming would bring; nothing is loaded."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+
+from ..compress.console import errors_told, stderr
+from ..compress.reader import is_compressed
+from ..config import EngineConfig
+from ..errors import ConfigError
+from ..loading import check_knobs, formats_of, formats_on_loading, weight_format
+from ..model.config import ModelConfig
+from ..model.storage import Storage, storage_of
+from ..narrow import expected_token_bytes
+from ..weights import blank_decoder
+from .device import memory_of
+from .forecast import H100, Rates, balance, forecast
+from .measured import measured_rates
+from .pictures import draw
+from .plan import plan_memory
+from .report import Outlook, as_json, tables
+from .shapes import NAMES, shape_of
+
+STEPS = (1, 8, 32, 512, 2048)
+_DTYPE = torch.bfloat16
+_Given = tuple[float | None, float]
+"""A rate as it was given, and its unit."""
+
+
+def plan(
+    memory_budget: Annotated[str, typer.Option(help='GiB, or a share of the GPU such as "60%"')],
+    model: Annotated[Path | None, typer.Argument(help="checkpoint; config.json will do")] = None,
+    shape: Annotated[str | None, typer.Option(help=f"instead: {', '.join(NAMES)}")] = None,
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="of a step; repeatable", show_default=", ".join(map(str, STEPS))),
+    ] = None,
+    prefetch: Annotated[
+        int | None, typer.Option(min=0, max=8, help="layers ahead", show_default="2")
+    ] = None,
+    sparsity: Annotated[float | None, typer.Option(help="as the knob")] = None,
+    weight_bits: Annotated[int | None, typer.Option(help="as the knob")] = None,
+    max_error: Annotated[float | None, typer.Option(help="as the knob")] = None,
+    max_context: Annotated[int | None, typer.Option(help="as the engine's")] = None,
+    max_sequences: Annotated[int, typer.Option(help="as the engine's")] = 64,
+    max_step_tokens: Annotated[int, typer.Option(help="as the engine's")] = 512,
+    link: Annotated[float | None, typer.Option(help="GB/s from the host")] = None,
+    memory_rate: Annotated[float | None, typer.Option(help="GB/s of weights read")] = None,
+    compute_rate: Annotated[float | None, typer.Option(help="TFLOP/s of products")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
+    plot: Annotated[Path | None, typer.Option(help="file for a picture")] = None,
+) -> None:
+    """Tell which layers would stay on a GPU, which are streamed, and how long steps would take."""
+    knobs = {
+        **{"memory_budget": memory_budget, "prefetch": prefetch, "max_error": max_error},
+        **{"sparsity": sparsity, "weight_bits": weight_bits},
+    }
+    limits = {
+        **{"max_context": max_context, "max_sequences": max_sequences},
+        **{"max_step_tokens": max_step_tokens},
+    }
+    with errors_told():
+        config = _config(model, {"knobs": knobs, **limits})
+        given = (link, 1e9), (memory_rate, 1e9), (compute_rate, 1e12)
+        outlook = _outlook(config, shape, tokens or STEPS, given)
+        if plot is not None:
+            _draw(outlook, plot)
+    if json_output:
+        json.dump(as_json(outlook), sys.stdout)
+    else:
+        for table in tables(outlook):
+            Console().print(table)
+
+
+def _config(model: Path | None, fields: dict[str, object]) -> EngineConfig:
+    """As an engine would be set up; ConfigError with the option at fault."""
+    try:
+        return EngineConfig.model_validate({"model": model or Path(), **fields})
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = "--" + str(first["loc"][-1] if first["loc"] else "knobs").replace("_", "-")
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{option}: {message} (given: {first['input']})") from error
+
+
+def _outlook(
+    config: EngineConfig, shape: str | None, steps: Sequence[int], given: Sequence[_Given]
+) -> Outlook:
+    model, storage = _sizes(config, shape)
+    bytes_each = expected_token_bytes(model, config.knobs.max_error, _DTYPE.itemsize)
+    found = plan_memory(config, model, storage, _budget(config), _DTYPE.itemsize, bytes_each)
+    rates, measured = _rates(given)
+    times = tuple(
+        forecast(model, storage, found.residency, found.ahead, each, rates) for each in steps
+    )
+    even = balance(model, storage, found.residency, rates)
+    return Outlook(found, rates, measured, times, even)
+
+
+def _sizes(config: EngineConfig, name: str | None) -> tuple[ModelConfig, Storage]:
+    """Of a checkpoint, or of a shape that has a name; as a GPU would store it."""
+    if (name is None) == (config.model == Path()):
+        raise ConfigError("give a checkpoint or --shape, one of both")
+    format = weight_format(config)
+    if name is not None:
+        if name not in NAMES:
+            raise ConfigError(f"--shape is {name!r}; choose one of {', '.join(NAMES)}")
+        model = shape_of(name)
+        blank = blank_decoder(model)
+        return model, storage_of(blank, formats_on_loading(blank, format), _DTYPE, packed=True)
+    model = ModelConfig.load(config.model)
+    blank, compressed = blank_decoder(model), is_compressed(config.model)
+    formats = formats_of(config.model, model, blank, None if compressed else format)
+    storage = storage_of(blank, formats, _DTYPE, packed=True)
+    if compressed:
+        check_knobs(config, storage)
+    return model, storage
+
+
+def _budget(config: EngineConfig) -> int:
+    if isinstance(config.knobs.memory_budget, str) and not torch.cuda.is_available():
+        raise ConfigError("--memory-budget is a share of a GPU that is not here: give it in GiB")
+    here = memory_of(torch.device("cuda")) if torch.cuda.is_available() else 0
+    budget = config.knobs.budget(here)
+    assert budget is not None
+    return budget
+
+
+def _rates(given: Sequence[_Given]) -> tuple[Rates, bool]:
+    """Those that were given, the others measured if there is a GPU; and whether they were."""
+    measured = torch.cuda.is_available()
+    rates = measured_rates(torch.device("cuda")) if measured else H100
+    names = ("link", "memory", "compute")
+    own = {
+        name: rate * unit
+        for name, (rate, unit) in zip(names, given, strict=True)
+        if rate is not None
+    }
+    return replace(rates, **own), measured
+
+
+def _draw(outlook: Outlook, path: Path) -> None:
+    try:
+        draw(outlook, path)
+    except ImportError:
+        stderr.print("no picture: it needs matplotlib (pip install matplotlib)")

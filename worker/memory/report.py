@@ -1,0 +1,106 @@
+"""A plan in words: for people, and as JSON."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from .forecast import Forecast, Rates
+from .plan import Plan, gib
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What a plan brings, at rates that are told."""
+
+    plan: Plan
+    rates: Rates
+    measured: bool
+    """Whether the rates are those of this machine."""
+    steps: tuple[Forecast, ...]
+    balance: int | None
+    """Tokens of a step at which computing takes as long as copying."""
+
+
+def as_json(outlook: Outlook) -> dict[str, Any]:
+    """Bytes, seconds, tokens a second."""
+    plan, residency = outlook.plan, outlook.plan.residency
+    return {
+        "budget_bytes": plan.budget,
+        "rest_bytes": plan.rest,
+        "resident_bytes": residency.bytes - residency.slots * residency.slot_bytes,
+        "slots": residency.slots,
+        "slot_bytes": residency.slot_bytes,
+        "step_bytes": plan.step,
+        "cache_bytes": plan.cache,
+        "layers": len(residency.blocks),
+        "streamed": list(residency.streamed),
+        "copied_bytes": residency.copied,
+        "layers_ahead": plan.ahead,
+        "balance_tokens": outlook.balance,
+        "rates": {**asdict(outlook.rates), "measured": outlook.measured},
+        "steps": [_step(each) for each in outlook.steps],
+    }
+
+
+def tables(outlook: Outlook) -> list[Table]:
+    """Where the budget goes, and how long steps take."""
+    return [_memory(outlook.plan), _steps(outlook)]
+
+
+def _step(found: Forecast) -> dict[str, Any]:
+    return {
+        "tokens": found.tokens,
+        "compute_seconds": found.compute,
+        "transfer_seconds": found.transfer,
+        "seconds": found.seconds,
+        "tokens_per_second": found.tokens / found.seconds,
+        "limit": found.limit,
+        "prefetch_gain": found.gain,
+    }
+
+
+def _memory(plan: Plan) -> Table:
+    own = plan.residency
+    stays = len(own.blocks) - len(own.streamed)
+    rows: list[tuple[str, int]] = [
+        ("embeddings, head, norms, routers", plan.rest),
+        (f"{stays} layers that stay", own.bytes - own.slots * own.slot_bytes),
+        (f"{own.slots} slots for {len(own.streamed)} layers", own.slots * own.slot_bytes),
+        ("the worst step", plan.step),
+        ("keys and values", plan.cache),
+    ]
+    table = _table(f"{gib(plan.budget)} on the device", ("", "bytes"))
+    for name, size in rows:
+        table.add_row(name, gib(size))
+    host = f"on the host {gib(own.copied)}, all copied at every step" if own.streamed else None
+    table.caption, table.caption_justify = host or "nothing is streamed", "left"
+    return table
+
+
+def _steps(outlook: Outlook) -> Table:
+    whose = "measured here" if outlook.measured else "assumed"
+    rates = outlook.rates
+    table = _table(
+        f"One step ({whose}: link {rates.link / 1e9:.0f} GB/s, weights {rates.memory / 1e9:.0f} "
+        f"GB/s, products {rates.compute / 1e12:.0f} TFLOP/s)",
+        ("tokens", "compute", "copies", "step", "tokens/s", "limit", "gain"),
+    )
+    for each in outlook.steps:
+        times = (f"{1e3 * own:.1f} ms" for own in (each.compute, each.transfer, each.seconds))
+        rate = f"{each.tokens / each.seconds:.3g}"
+        table.add_row(str(each.tokens), *times, rate, each.limit, f"{each.gain:.2f}x")
+    table.caption = "gain: of prefetch over copying on demand"
+    if outlook.balance is not None:
+        table.caption += f"; computing takes as long as copying at {outlook.balance} tokens a step"
+    table.caption_justify = "left"
+    return table
+
+
+def _table(title: str, heads: Sequence[str]) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    for number, head in enumerate(heads):
+        table.add_column(head, justify="right" if number else "left", no_wrap=True)
+    return table
