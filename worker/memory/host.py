@@ -30,6 +30,7 @@ class HostBlock:
         try:
             # Private, so that it counts as the process's own and not as shared memory.
             pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            pages.madvise(mmap.MADV_HUGEPAGE)  # sooner filled and locked
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"the host has no {gib(size)} for a layer that is streamed ({error}); free some, "

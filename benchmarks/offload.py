@@ -1,0 +1,396 @@
+"""What does streaming weights from the host cost, and what does prefetch gain?
+
+Models of real shape with random weights run under a budget, every layer that does not fit copied
+from locked host memory at every step. Each row has two ceilings of the same run: computing alone,
+with all layers resident, and copying alone, at the rate measured. Decoding is one CUDA graph, one
+token of each sequence; prompts are sequences of 512 tokens, run eagerly. Attention sees only the
+tokens of the step: no cache is read, but memory is set aside for one. In bfloat16 a fifth of the
+layers is measured, with the same share of them streamed, and times are taken times five.
+
+Run it as `python -m benchmarks.offload` on a machine with one NVIDIA card; `--rows` chooses.
+"""
+
+import argparse
+import gc
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from conclave.kernels.formats import Format
+from conclave.worker.memory.measured import link_rate
+from conclave.worker.memory.residency import Residency, choose
+from conclave.worker.memory.shapes import shape_settings
+from conclave.worker.memory.streaming import LayerStream
+from conclave.worker.model.config import ModelConfig
+from conclave.worker.model.decoder import Decoder, DenseAttention
+from conclave.worker.model.storage import storage_of
+from conclave.worker.weights import blank_decoder
+
+from . import accelerated
+from .random_model import DTYPE, RandomModel
+from .records import HEADLINE as HEADLINE_FILE
+from .records import machine, write_headline, write_result
+
+GIB = 2**30
+AHEAD = 2
+LENGTH = 512
+"""Tokens of a prompt's sequence."""
+CONTEXT = 0.6
+"""GiB set aside for the driver and loaded kernels; `peak_gib` says whether it was enough."""
+CACHE = 0.5
+"""GiB set aside for keys and values: 4,096 tokens of the 31B model in narrow numbers at 1 %."""
+REPEATS = 5
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TINY = {
+    **{"hidden_size": 256, "intermediate_size": 512, "vocab_size": 1024},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_global_key_value_heads": 1},
+    **{"head_dim": 32, "global_head_dim": 64},
+}
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One model under one budget."""
+
+    name: str
+    format: str | None
+    gib: float
+    scratch: float
+    """GiB set aside for a step."""
+    decode: tuple[int, ...] = ()
+    prefill: tuple[int, ...] = ()
+    depth: int = 1
+    """So many times the layers that are measured."""
+
+
+SETTINGS = (
+    Setting("sparse8", "5:16-int4-g128", 8, 0.15, decode=(1, 8, 32)),
+    Setting("sparse8p", "5:16-int4-g128", 8, 1.2, prefill=(512, 1024, 1536, 2048)),
+    Setting("int16", "dense-int4-g128", 16, 1.2, (1, 8, 32), (512, 1024, 1536, 2048)),
+    Setting("int8", "dense-int4-g128", 8, 1.2, (1, 8, 32), (512, 2048, 3072)),
+    Setting("int16long", "dense-int4-g128", 16, 4.0, (), (4096, 8192)),
+    Setting("bf24", None, 24, 1.2, (1, 8, 32), (8192,), depth=5),
+    Setting("bf16", None, 16, 1.2, (1, 8, 32), depth=5),
+    Setting("bf8", None, 8, 0.3, (1,), depth=5),
+)
+BALANCE = ("sparse8p", "int16", "int8")
+"""Settings that are run on demand as well, to find what prefetch gains."""
+
+
+def main() -> None:
+    """Measure, print, write down."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = [setting.name for setting in SETTINGS]
+    parser.add_argument("--rows", nargs="+", choices=[*names, "accelerate"], help="all by default")
+    parser.add_argument("--dry", action="store_true", help="tiny sizes, anywhere; write no result")
+    parser.add_argument("--out", type=Path, help="a folder that gets a copy of what is written")
+    options = parser.parse_args()
+    if not (options.dry or torch.cuda.is_available()):
+        raise SystemExit("no GPU; this measures copies to one (or give --dry)")
+    figures = measure(options.rows or [*names, "accelerate"], options.dry)
+    if options.dry:
+        print(json.dumps(figures, indent=1))
+        return
+    save(figures, options.out)
+
+
+def measure(names: Sequence[str], dry: bool) -> dict[str, Any]:
+    """All figures."""
+    link = 1e10 if dry else link_rate(DEVICE)
+    print(f"{machine()}: link {link / 1e9:.1f} GB/s", flush=True)
+    rows: list[Row] = []
+    formats = dict.fromkeys(each.format for each in SETTINGS if each.name in names)
+    for format in formats:
+        chosen = [each for each in SETTINGS if each.name in names and each.format == format]
+        rows += rows_of(format, chosen, link, dry)
+    figures: dict[str, Any] = {
+        "what": "31B shape, random weights; embeddings in int8, in bfloat16 where layers are",
+        "link_gb_per_s": link / 1e9,
+        "rows": rows,
+    }
+    if "accelerate" in names and not dry:
+        figures["accelerate"] = against(rows)
+    return figures
+
+
+def rows_of(
+    format: str | None, settings: Sequence[Setting], link: float, dry: bool
+) -> Iterator[Row]:
+    """All settings of a format; layers that stay are measured once for all."""
+    layers = 60 // settings[0].depth
+    shape = shape_settings("31b", layers) | (TINY if dry else {})
+    own = None if format is None else Format.parse(format)
+    source = RandomModel(ModelConfig.parse(shape), own, DEVICE)
+    steps = {step for each in settings for step in steps_of(each, dry)}
+    resident = source.decoder()
+    bests = {step: Timed(resident, *step) for step in sorted(steps)}
+    del resident
+    clear()
+    for setting in settings:
+        began = time.perf_counter()
+        yield from under(source, setting, bests, link, dry)
+        print(f"{setting.name}: {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def steps_of(setting: Setting, dry: bool) -> list[tuple[int, int]]:
+    """(sequences, tokens of each)."""
+    if dry:
+        return [(1, 1), (2, 8)]
+    prompts = ((tokens // LENGTH, LENGTH) for tokens in setting.prefill)
+    return [*((batch, 1) for batch in setting.decode), *prompts]
+
+
+def under(
+    source: RandomModel,
+    setting: Setting,
+    bests: dict[tuple[int, int], "Timed"],
+    link: float,
+    dry: bool,
+) -> Iterator[Row]:
+    """The rows of one setting."""
+    ways = {"prefetch": AHEAD} | ({"on demand": 0} if setting.name in BALANCE or dry else {})
+    found: dict[tuple[str, tuple[int, int]], Row] = {}
+    for way, ahead in ways.items():
+        residency = residency_of(source, setting, ahead, dry)
+        if not residency.streamed:
+            print(f"{setting.name}: everything fits")
+            return
+        ballast = torch.empty(0 if dry else int(CACHE * GIB), dtype=torch.uint8, device=DEVICE)
+        stream = LayerStream(residency, DEVICE, prefetch=ahead > 0)
+        decoder = source.decoder(stream)
+        source.forget()
+        clear()
+        for step in steps_of(setting, dry):
+            reset_peak()
+            timed = Timed(decoder, *step, stream)
+            row = row_of(setting, way, step, timed, bests[step], residency, link)
+            found[way, step] = row
+            demand, ahead_row = found.get(("on demand", step)), found.get(("prefetch", step))
+            if demand and ahead_row:
+                demand["gain"] = demand["ms"] / ahead_row["ms"]
+            print(" ".join(f"{key} {short(value)}" for key, value in row.items()), flush=True)
+        stream.close()
+        del decoder, stream, ballast
+        clear()
+    yield from found.values()
+
+
+def residency_of(source: RandomModel, setting: Setting, ahead: int, dry: bool) -> Residency:
+    """Of the layers that are measured, by the share of all that the budget would stream."""
+    storage = storage_of(blank_decoder(source.config), source.formats(), DTYPE, packed=True)
+    blocks = [layer.block for layer in storage.layers]
+    if dry:
+        found = choose(blocks, sum(blocks) // 2, ahead)
+    else:
+        fixed = storage.rest + int((CONTEXT + CACHE + setting.scratch) * GIB)
+        whole = choose(blocks * setting.depth, int(setting.gib * GIB) - fixed, ahead)
+        assert whole is not None, f"{setting.name} does not fit"
+        streamed = round(len(whole.streamed) / setting.depth)
+        spread = (
+            tuple(index * len(blocks) // streamed for index in range(streamed)) if streamed else ()
+        )
+        found = Residency(tuple(blocks), spread, whole.slots if streamed else 0)
+    assert found is not None
+    return found
+
+
+class Timed:
+    """Milliseconds of a step, and its logits."""
+
+    def __init__(
+        self, decoder: Decoder, sequences: int, length: int, stream: LayerStream | None = None
+    ) -> None:
+        count = sequences * length
+        tokens = (torch.arange(count, device=DEVICE) * 7919 + 3) % decoder.config.vocab_size
+        positions = torch.arange(count, device=DEVICE) % length
+        logits = torch.empty(0)
+
+        @torch.inference_mode()
+        def run() -> None:
+            nonlocal logits
+            attention = DenseAttention(decoder.config, [length] * sequences)
+            hidden = decoder(tokens, positions, attention)
+            logits = decoder.logits(hidden[length - 1 :: length])
+
+        run()
+        work = recorded(run, stream) if length == 1 and DEVICE.type == "cuda" else run
+        self.times = [seconds(work) * 1e3 for _ in range(REPEATS)]
+        self.ms = median(self.times)
+        self.logits = logits.cpu()
+
+
+def recorded(run: Callable[[], None], stream: LayerStream | None) -> Callable[[], None]:
+    """As one CUDA graph, which the host does not slow down."""
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+
+    def replay() -> None:
+        if stream is not None:
+            stream.before_replay()
+        graph.replay()
+
+    return replay
+
+
+def seconds(work: Callable[[], None], times: int = 2) -> float:
+    """Of one call, of several in a row after one that fills the pipe."""
+    if DEVICE.type == "cpu":
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    work()
+    begin.record()
+    for _ in range(times):
+        work()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3 / times
+
+
+def row_of(
+    setting: Setting,
+    way: str,
+    step: tuple[int, int],
+    timed: Timed,
+    best: Timed,
+    residency: Residency,
+    link: float,
+) -> Row:
+    """One setting, way and step; times and bytes of the whole depth."""
+    tokens = step[0] * step[1]
+    copies = residency.copied / link * 1e3
+    bound = max(best.ms, copies)
+    peak = peak_gib(setting, residency)
+    return {
+        "format": setting.format or "bfloat16",
+        "gib": setting.gib,
+        "way": way,
+        "step": f"{step[0]} x {step[1]}",
+        "streamed": f"{len(residency.streamed) * setting.depth} of 60",
+        "compute_ms": best.ms * setting.depth,
+        "copy_ms": copies * setting.depth,
+        "ms": timed.ms * setting.depth,
+        "low": min(timed.times) * setting.depth,
+        "high": max(timed.times) * setting.depth,
+        "of_bound": bound / timed.ms,
+        "link_gb_per_s": residency.copied / timed.ms / 1e6,
+        "tokens_per_s": tokens / timed.ms / setting.depth * 1e3,
+        "peak_gib": peak,
+        "same": torch.equal(timed.logits, best.logits),
+        "gain": "",
+    }
+
+
+def peak_gib(setting: Setting, residency: Residency) -> float:
+    """What the device had taken at most; of fewer layers, with what the others would take."""
+    if DEVICE.type == "cpu":
+        return 0.0
+    free, whole = torch.cuda.mem_get_info()
+    beside = whole - free - torch.cuda.memory_reserved()
+    stay = residency.bytes - residency.slots * residency.slot_bytes
+    return (beside + torch.cuda.max_memory_reserved() + stay * (setting.depth - 1)) / GIB
+
+
+def against(rows: Sequence[Row]) -> list[Row]:
+    """accelerate in bfloat16 under the same budgets, beside our rows of one token a sequence."""
+    settings = shape_settings("31b", 6)
+    blank = blank_decoder(ModelConfig.parse(shape_settings("31b")))
+    storage = storage_of(blank, {}, DTYPE, packed=True)
+    largest = max(layer.block for layer in storage.layers)
+    found: dict[int, accelerated.Offloaded] = {}
+    compared = []
+    for row in rows:
+        batch, length = map(int, row["step"].split(" x "))
+        if length > 1 or row["way"] != "prefetch":
+            continue
+        if batch not in found:
+            found[batch] = accelerated.measure(settings, batch)
+            clear()
+        room = row["gib"] * GIB - storage.rest - (CONTEXT + CACHE) * GIB
+        stay = max(0, int(room // largest) - 1)  # one is on its way
+        step = found[batch].step(60, 60 - stay)
+        compared.append(
+            {
+                **{key: row[key] for key in ("format", "gib", "step", "tokens_per_s")},
+                "accelerate_tokens_per_s": batch / step,
+                "times": row["tokens_per_s"] * step / batch,
+            }
+        )
+        print(compared[-1], flush=True)
+    return compared
+
+
+def save(figures: dict[str, Any], out: Path | None) -> None:
+    """Write the result and, if no row is at fault, the headline figures that this script owns.
+
+    Which row a figure is of follows from its ceilings, never from how it came out.
+    """
+    rows = figures["rows"]
+    written = [write_result("offload", figures), HEADLINE_FILE]
+    if faults := [row for row in rows if not row["same"] or row["peak_gib"] > row["gib"]]:
+        print(f"no headline figures: {len(faults)} rows with other tokens or over their budget")
+    else:
+        headlines(rows, figures.get("accelerate", ()))
+    for path in written:
+        print(f"written: {path}")
+        if out is not None:
+            shutil.copy(path, out)
+
+
+def headlines(rows: Sequence[Row], compared: Sequence[Row]) -> None:
+    """Those whose rows were measured."""
+    if demand := [row for row in rows if row["way"] == "on demand"]:
+        even = min(demand, key=lambda row: abs(math.log(row["compute_ms"] / row["copy_ms"])))
+        gain, ahead = even["gain"], even["ms"] / even["gain"]
+        write_headline("prefetch_gain", gain, "ratio", (even["low"] / ahead, even["high"] / ahead))
+    fractions = [row["of_bound"] for row in rows if row["way"] == "prefetch"]
+    if fractions:
+        write_headline(
+            "overlap_fraction", min(fractions), "fraction", (min(fractions), max(fractions))
+        )
+    first = SETTINGS[0].format, SETTINGS[0].gib, "prefetch", "1 x 1"
+    for row in rows:
+        if (row["format"], row["gib"], row["way"], row["step"]) == first:
+            slower, faster = row["ms"] / row["high"], row["ms"] / row["low"]
+            for name, key, unit in (
+                ("b31_8gib_rate", "tokens_per_s", "tokens/s"),
+                ("link_rate", "link_gb_per_s", "GB/s"),
+            ):
+                write_headline(name, row[key], unit, (row[key] * slower, row[key] * faster))
+    if times := [row["times"] for row in compared]:
+        write_headline("vs_accelerate", min(times), "ratio", (min(times), max(times)))
+
+
+def reset_peak() -> None:
+    """Forget what was reserved before."""
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def clear() -> None:
+    """Give back what nobody holds."""
+    gc.collect()
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def short(value: object) -> str:
+    """For a line on the screen."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Streamed layers on a GPU: bit for bit as resident ones, eagerly and as a CUDA graph.
+
+Slots that are given back are filled with NaN: a layer that ran before its weights had come, or a
+copy that came before a layer had run, would show. Layers are so large that their copies take longer
+than they run.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.random_model import RandomModel
+from conclave.kernels.formats import Format
+from conclave.worker import Engine, Knobs
+from conclave.worker.memory.host import HostBlock
+from conclave.worker.memory.residency import choose, least
+from conclave.worker.memory.shapes import shape_settings
+from conclave.worker.memory.streaming import LayerStream
+from conclave.worker.model.config import ModelConfig
+from conclave.worker.model.decoder import Decoder, DenseAttention
+from conclave.worker.model.storage import storage_of
+from conclave.worker.weights import blank_decoder
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+MODELS = Path(__file__).parents[2] / "examples" / "models"
+BATCH, STEPS = 2, 4
+SMALL = {"hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 1024}
+EXPERTS = SMALL | {"num_experts": 16, "moe_intermediate_size": 512, "intermediate_size": 1024}
+
+
+def model(name: str, format: str | None) -> RandomModel:
+    settings = shape_settings(name, 8) | (SMALL if name == "31b" else EXPERTS)
+    config = ModelConfig.parse(settings)
+    own = None if format is None else Format.parse(format)
+    return RandomModel(config, own, torch.device("cuda"))
+
+
+def streamed(source: RandomModel, ahead: int, share: float) -> tuple[Decoder, LayerStream]:
+    """With room for a share of what lies between the least and all layers."""
+    blank = blank_decoder(source.config)
+    storage = storage_of(blank, source.formats(), torch.bfloat16, packed=True)
+    blocks = [layer.block for layer in storage.layers]
+    low = least(blocks, ahead)
+    residency = choose(blocks, low + int(share * (sum(blocks) - 1 - low)), ahead)
+    assert residency is not None and residency.streamed
+    stream = LayerStream(residency, torch.device("cuda"), prefetch=ahead > 0, poison=True)
+    return source.decoder(stream), stream
+
+
+@torch.inference_mode()
+def forward(decoder: Decoder, tokens: torch.Tensor, length: int) -> torch.Tensor:
+    """Logits of sequences of one length."""
+    positions = torch.arange(len(tokens), device="cuda") % length
+    attention = DenseAttention(decoder.config, [length] * (len(tokens) // length))
+    return decoder.logits(decoder(tokens, positions, attention))
+
+
+def inputs(count: int, seed: int) -> torch.Tensor:
+    draw = torch.Generator("cuda").manual_seed(seed)
+    return torch.randint(1024, (count,), generator=draw, device="cuda")
+
+
+CASES = [
+    ("31b", None),
+    ("31b", "dense-int4-g64"),
+    ("31b", "5:16-int4-g128"),
+    ("26b", "dense-int4-g64"),
+]
+
+
+@pytest.mark.parametrize(("name", "format"), CASES)
+def test_tokens_are_those_of_resident_layers(name: str, format: str | None) -> None:
+    source = model(name, format)
+    resident = source.decoder()
+    wanted = {
+        (length, seed): forward(resident, inputs(2 * length, seed), length)
+        for length in (1, 40)
+        for seed in range(STEPS)
+    }
+    for ahead, share in ((0, 0.0), (1, 0.0), (2, 0.0), (2, 0.5), (2, 1.0)):
+        decoder, stream = streamed(source, ahead, share)
+        outputs = {key: forward(decoder, inputs(2 * key[0], key[1]), key[0]) for key in wanted}
+        for key, expected in wanted.items():
+            assert expected.isfinite().all() and torch.equal(outputs[key], expected), (ahead, key)
+        use = stream.use()
+        assert use.copied_bytes >= len(wanted) * use.host_bytes
+        stream.close()
+
+
+@pytest.mark.parametrize(("name", "format"), CASES[1:])
+def test_a_recorded_step_copies_too(name: str, format: str | None) -> None:
+    source = model(name, format)
+    resident = source.decoder()
+    wanted = [forward(resident, inputs(BATCH, seed), 1) for seed in range(STEPS)]
+    for ahead, share in ((0, 0.0), (2, 0.0), (2, 0.5)):
+        decoder, stream = streamed(source, ahead, share)
+        tokens = inputs(BATCH, 0)
+        for _ in range(2):
+            forward(decoder, tokens, 1)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = forward(decoder, tokens, 1)
+        for seed in (0, 1, 2, 3, 2, 1):
+            tokens.copy_(inputs(BATCH, seed))
+            stream.before_replay()
+            graph.replay()
+            replayed = logits.clone()
+            assert torch.equal(replayed, wanted[seed]), (ahead, share, seed)
+            if seed == 2:  # eager steps may come between
+                assert torch.equal(forward(decoder, inputs(BATCH, 3), 1), wanted[3])
+        copied = stream.use().copied_bytes
+        stream.before_replay()
+        assert stream.use().copied_bytes - copied == stream.residency.copied
+        stream.close()
+
+
+def answers(engine: Engine) -> list[tuple[int, ...]]:
+    greedy: dict[str, Any] = {"max_tokens": 24, "temperature": 0, "ignore_eos": True}
+    streams = [engine.stream([5 + n] * (30 + 50 * n), **greedy) for n in range(4)]
+    return [tuple(stream.result().token_ids) for stream in streams]
+
+
+@pytest.mark.parametrize("weight_bits", [None, 4])
+@pytest.mark.parametrize("name", ["debian-8m", "debian-moe-8m"])
+def test_an_engine_keeps_to_its_budget(name: str, weight_bits: int | None) -> None:
+    few: dict[str, Any] = {
+        **{"device": "cuda", "max_sequences": 4, "max_step_tokens": 64, "max_context": 512},
+        **{"prefix_cache": False},
+    }
+    knobs = Knobs(weight_bits=weight_bits, memory_budget=1)
+    with Engine(MODELS / name, knobs=knobs, **few) as resident:
+        wanted = answers(resident)
+        assert resident.load.stream is None
+    del resident
+    torch.cuda.empty_cache()
+    budget = least_budget(MODELS / name, few, weight_bits) * 1.02
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    knobs = Knobs(weight_bits=weight_bits, memory_budget=budget, prefetch=1)
+    with Engine(MODELS / name, knobs=knobs, **few) as engine:
+        assert answers(engine) == wanted
+        use = copy.copy(engine.load.stream)
+        assert use is not None and use.stalled_seconds > 0
+        assert use.copied_bytes >= engine.load.steps * use.host_bytes
+        assert torch.cuda.max_memory_allocated() - before < budget * 2**30
+
+
+def least_budget(folder: Path, settings: dict[str, Any], weight_bits: int | None) -> float:
+    """GiB, by halving."""
+    from conclave.worker.errors import ConfigError
+
+    low, high = 0.0, 1.0
+    for _ in range(8):
+        middle = (low + high) / 2
+        knobs = Knobs(weight_bits=weight_bits, memory_budget=middle, prefetch=1)
+        try:
+            Engine(folder, knobs=knobs, **settings).close()
+            high = middle
+        except ConfigError:
+            low = middle
+    return high
+
+
+def test_memory_that_is_locked_can_be_copied_from_and_unlocked() -> None:
+    block = HostBlock(10_000_001)
+    block.memory.fill_(9)
+    block.lock()
+    assert block.memory.is_pinned()
+    assert (block.memory.to("cuda", non_blocking=True) == 9).all()
+    block.close()
