@@ -53,6 +53,8 @@ class Ground:
             "PYTHONPATH": str(ROOT / ".root"),
             "RAY_TMPDIR": str(self.folder),
             "RAY_USAGE_STATS_ENABLED": "0",
+            # Workers that outlive their fleet would else hold a node up for half a minute.
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
             "NO_COLOR": "1",
         }
         self.processes: list[subprocess.Popen[bytes]] = []

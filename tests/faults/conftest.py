@@ -1,4 +1,4 @@
-"""Arenas that live through all tests of a run, on one event loop.
+"""Arenas that live as long as there are tests of theirs, on one event loop.
 
 The short form: every fault once. `make soak` injects each of them twenty times and more.
 """
@@ -81,7 +81,7 @@ async def _close(arena: Any) -> None:
         pass
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def stub_stage(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     """Stub workers behind a real gateway."""
     from .arena import StubArena
@@ -89,7 +89,7 @@ def stub_stage(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory)
     yield from staged(runner, tmp_path_factory.mktemp("stub"), StubArena.open)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def engine_stage(
     runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Stage]:
@@ -99,7 +99,7 @@ def engine_stage(
     yield from staged(runner, tmp_path_factory.mktemp("engine"), EngineArena.open)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_stage(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     """A whole fleet in a Ray cluster of two nodes."""
     from .ray_faults import RayArena
