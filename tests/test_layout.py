@@ -1,6 +1,7 @@
 """The rules of the house, read from the source: which way imports run, which door a library has."""
 
 import ast
+import functools
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,15 +47,18 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def imports(path: Path) -> Iterator[tuple[int, str]]:
+@functools.cache
+def imports(path: Path) -> list[tuple[int, str]]:
     """(dots, dotted name) of every import in a file, late and type-checking ones too."""
+    found: list[tuple[int, str]] = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from ((0, alias.name) for alias in node.names)
+            found += ((0, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.level, node.module
+            found.append((node.level, node.module))
         elif isinstance(node, ast.ImportFrom):
-            yield from ((node.level, alias.name) for alias in node.names)
+            found += ((node.level, alias.name) for alias in node.names)
+    return found
 
 
 def inner_imports(path: Path) -> Iterator[tuple[str, ...]]:

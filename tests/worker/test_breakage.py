@@ -22,7 +22,7 @@ POISON = 77
 PROMPTS = [[10 + number, *range(100, 120)] for number in range(8)]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def expected(tiny_checkpoint: TinyCheckpoint) -> list[list[int]]:
     with Engine(tiny_checkpoint(8), **SMALL) as engine:
         return [engine.generate(prompt, **ASKED).token_ids for prompt in PROMPTS]

@@ -1,5 +1,6 @@
 """Our decoder against transformers, float32, every variant and every way through the worker."""
 
+import functools
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -49,19 +50,25 @@ def run_dense(decoder: Decoder, sequences: list[list[int]]) -> torch.Tensor:
         return decoder.logits(decoder(tokens, positions, attention))
 
 
+@functools.cache
+def runner_of(folder: Path) -> tuple[ModelRunner, PlainCaches]:
+    """A checkpoint's runner over caches of 24 blocks; one for all tests, as it takes a while."""
+    decoder = load(folder)
+    blocks = tuple(24 for _ in cache_groups(decoder.config))
+    caches = PlainCaches.empty(decoder.config, blocks, BLOCK, CPU, torch.float32)
+    return ModelRunner(decoder, decoder.config, caches, BLOCK, CPU, torch.float32), caches
+
+
 class Paged:
     """A runner whose blocks are handed out in random order and taken back when they slide out.
 
     Blocks that belong to no sequence hold NaN: who reads one shows it.
     """
 
-    def __init__(self, decoder: Decoder) -> None:
-        config = decoder.config
-        self.groups = cache_groups(config)
-        blocks = tuple(24 for _ in self.groups)
-        caches = PlainCaches.empty(config, blocks, BLOCK, CPU, torch.float32)
+    def __init__(self, folder: Path) -> None:
+        self.runner, caches = runner_of(folder)
+        self.groups = cache_groups(self.runner.decoder.config)
         self.caches = caches.tensors
-        self.runner = ModelRunner(decoder, config, caches, BLOCK, CPU, torch.float32)
         self.free = [random.Random(2).sample(range(24), 24) for _ in self.groups]
         self.tables: dict[str, tuple[list[int], ...]] = {}
         self.done: dict[str, int] = {}
@@ -120,7 +127,7 @@ def test_full_forward(
 def test_chunked_prefill(
     variant: str, cuts: tuple[int, ...], tiny_checkpoint: Checkpoints, reference_logits: Reference
 ) -> None:
-    paged = Paged(load(tiny_checkpoint(variant)))
+    paged = Paged(tiny_checkpoint(variant))
     rest = iter(LONG)
     logits = [paged.run(("a", [next(rest) for _ in range(cut)])) for cut in cuts]
     assert_close(torch.cat(logits), reference_logits(variant, LONG))
@@ -130,7 +137,7 @@ def test_chunked_prefill(
 def test_decode_past_two_windows(
     variant: str, tiny_checkpoint: Checkpoints, reference_logits: Reference
 ) -> None:
-    paged = Paged(load(tiny_checkpoint(variant)))
+    paged = Paged(tiny_checkpoint(variant))
     logits = [paged.run(("a", [token])) for token in LONG]
     assert_close(torch.cat(logits), reference_logits(variant, LONG))
 
@@ -139,7 +146,7 @@ def test_decode_past_two_windows(
 def test_a_step_of_decode_and_prefill(
     variant: str, tiny_checkpoint: Checkpoints, reference_logits: Reference
 ) -> None:
-    paged = Paged(load(tiny_checkpoint(variant)))
+    paged = Paged(tiny_checkpoint(variant))
     long, short = reference_logits(variant, LONG), reference_logits(variant, SHORT)
     paged.run(("a", LONG[:17]), ("b", SHORT[:2]))
     mixed = paged.run(
