@@ -14,7 +14,7 @@ demo: $(VENV)/runtime ## three CPU workers answer alone and as an ensemble, over
 	$(BIN)/conclave demo
 
 test: $(VENV)/development ## every test that this machine can run
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile $(addprefix --ignore=,$(ALONE))
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(ALONE))
 	$(BIN)/python -m pytest $(ALONE)
 
 check: $(VENV)/development ## style and types

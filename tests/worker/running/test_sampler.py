@@ -43,7 +43,7 @@ def reference_probabilities(logits: torch.Tensor, **fields: Any) -> torch.Tensor
         "min_p": MinPLogitsWarper,
     }
     warpers = LogitsProcessorList([kind(fields[k]) for k, kind in kinds.items() if k in fields])
-    warped: Any = warpers(torch.LongTensor([[1]]), logits.clone().unsqueeze(0))  # type: ignore[arg-type]
+    warped: Any = warpers(torch.LongTensor([[1]]), logits.clone().unsqueeze(0))
     return torch.as_tensor(warped[0].softmax(-1))
 
 
