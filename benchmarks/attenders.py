@@ -31,7 +31,9 @@ from .contestants import relative_error
 PAGE = 16
 """Tokens of a page."""
 MAX_ERROR = 0.01
-"""Of what is stored; random numbers never need a second digit for it."""
+"""Of what is stored."""
+_WIDE = 4
+"""One in so many heads of tokens has room for a second digit; keys made of values ask for some."""
 THETA = 1e6
 """Of RoPE in full layers."""
 _CHUNK = 1 << 16
@@ -142,8 +144,11 @@ def own_int8(layer: Layer, batch: int, context: int, device: str) -> Iterator[Wa
     def attend(copy: int) -> Tensor:
         return attention(query[:, None], copies[copy], pages, rule)[:, 0]
 
+    heads, wide = copies[0].tally.tolist()
     name = "values alone" if layer.pairs is not None else "keys and values"
-    yield Way(name, count, nbytes, attend, _ends(batch), wanted)
+    note = f"{name}, {wide / heads:.1%} of heads in two digits"
+    nbytes += wide * layer.format.row_bytes
+    yield Way(note, count, nbytes, attend, _ends(batch), wanted)
 
 
 def torch_decode(layer: Layer, batch: int, context: int, device: str) -> Iterator[Way]:
@@ -288,8 +293,9 @@ def _alone(table: Tensor, keys: int) -> tuple[Tensor, Pages]:
 
 
 def _stored(layer: Layer, pages: int, device: str) -> NarrowCache:
-    """Random keys and values through our own store."""
-    pool = Overflow.empty(layer.format, PAGE, torch.device(device))
+    """Random keys and values through our own store, with room for second digits of any."""
+    rows = pages * PAGE * layer.kv_heads // _WIDE
+    pool = Overflow.empty(layer.format, rows, torch.device(device))
     made = NarrowCache.empty(layer.format, pages, PAGE, pool)
     for begin in range(0, pages * PAGE, _CHUNK):
         slots = torch.arange(begin, min(begin + _CHUNK, pages * PAGE), device=device)
