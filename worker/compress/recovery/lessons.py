@@ -6,11 +6,11 @@ made again at every reading. What it gave up: keeping them in the host's memory.
 """
 
 from collections.abc import Sequence
-from os import sysconf
 
 import torch
 from torch import Tensor
 
+from ...memory.device import free_memory
 from ...model.decoder import Decoder
 from .loss import hidden_states
 
@@ -27,7 +27,7 @@ class Lessons:
         states = self._made(tokens[:1])
         size = sum(own.nbytes for own in states) * len(tokens)
         self._kept: list[Tensor] | None = None
-        if size <= _SHARE * _free_bytes(self._device):
+        if size <= _SHARE * free_memory(self._device):
             self._kept = [own.new_empty(len(tokens), *own.shape) for own in states]
         self._known = torch.zeros(len(tokens), dtype=torch.bool)
 
@@ -57,9 +57,3 @@ class Lessons:
 def autocast(device: torch.device) -> torch.autocast:
     """bfloat16 on a GPU; float32 elsewhere."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return sysconf("SC_AVPHYS_PAGES") * sysconf("SC_PAGE_SIZE")
