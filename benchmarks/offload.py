@@ -3,9 +3,8 @@
 Models of real shape with random weights run under a budget, every layer that does not fit copied
 from locked host memory at every step. Each row has two ceilings of the same run: computing alone,
 with all layers resident, and copying alone, at the rate measured. Decoding is one CUDA graph, one
-token of each sequence; prompts are sequences of 512 tokens, run eagerly. Attention sees only the
-tokens of the step: no cache is read, but memory is set aside for one. In bfloat16 a fifth of the
-layers is measured, with the same share of them streamed, and times are taken times five.
+token of each sequence; prompts are sequences of 128 tokens, run eagerly. Attention sees only the
+tokens of the step: no cache is read, but memory is set aside for one.
 
 Run it as `python -m benchmarks.offload` on a machine with one NVIDIA card; `--rows` chooses.
 """
@@ -45,7 +44,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 GIB = 2**30
 AHEAD = 2
-LENGTH = 512
+LENGTH = 128
 """Tokens of a prompt's sequence."""
 CONTEXT = 0.8
 """GiB set aside for the driver and loaded kernels; `peak_gib` says whether it was enough."""
@@ -72,20 +71,18 @@ class Setting:
     """GiB set aside for a step."""
     decode: tuple[int, ...] = ()
     prefill: tuple[int, ...] = ()
-    depth: int = 1
-    """So many times the layers that are measured."""
 
 
 SETTINGS = (
-    Setting("sparse8", "5:16-int4-g128", 8, 0.7, decode=(1, 8, 32)),
-    Setting("sparse8p", "5:16-int4-g128", 8, 2.4, prefill=(512, 1024, 1536, 2048)),
+    Setting("sparse8", "5:16-int4-g128", 8, 0.8, decode=(1, 8, 32)),
+    Setting("sparse8p", "5:16-int4-g128", 8, 2.4, prefill=(512, 768, 1024, 2048)),
     Setting("int16", "dense-int4-g128", 16, 0.8, decode=(1, 8, 32)),
-    Setting("int16p", "dense-int4-g128", 16, 2.8, prefill=(512, 1024, 1536, 2048)),
+    Setting("int16p", "dense-int4-g128", 16, 2.8, prefill=(384, 512, 1024, 2048)),
     Setting("int8", "dense-int4-g128", 8, 0.8, decode=(1, 8, 32)),
     Setting("int16long", "dense-int4-g128", 16, 10.0, prefill=(4096, 8192)),
-    Setting("bf24", None, 24, 1.2, decode=(1, 8, 32), depth=5),
-    Setting("bf16", None, 16, 1.2, decode=(1, 8, 32), depth=5),
-    Setting("bf8", None, 8, 0.3, decode=(1,), depth=5),
+    Setting("bf24", None, 24, 1.2, decode=(1, 8, 32)),
+    Setting("bf16", None, 16, 1.2, decode=(1, 8, 32)),
+    Setting("bf8", None, 8, 0.3, decode=(1,)),
 )
 BALANCE = ("sparse8p", "int16p")
 """Settings that are run on demand as well, to find what prefetch gains."""
@@ -131,8 +128,7 @@ def rows_of(
     format: str | None, settings: Sequence[Setting], link: float, dry: bool
 ) -> Iterator[Row]:
     """All settings of a format; layers that stay are measured once for all."""
-    layers = 60 // settings[0].depth
-    shape = shape_settings("31b", layers) | (TINY if dry else {})
+    shape = shape_settings("31b") | (TINY if dry else {})
     own = None if format is None else Format.parse(format)
     source = RandomModel(ModelConfig.parse(shape), own, DEVICE)
     steps = {step for each in settings for step in steps_of(each, dry)}
@@ -190,21 +186,13 @@ def under(
 
 
 def residency_of(source: RandomModel, setting: Setting, ahead: int, dry: bool) -> Residency:
-    """Of the layers that are measured, by the share of all that the budget would stream."""
+    """The layers that the budget streams."""
     storage = storage_of(blank_decoder(source.config), source.formats(), DTYPE, packed=True)
     blocks = [layer.block for layer in storage.layers]
-    if dry:
-        found = choose(blocks, sum(blocks) // 2, ahead)
-    else:
-        fixed = storage.rest + int((CONTEXT + CACHE + setting.scratch) * GIB)
-        whole = choose(blocks * setting.depth, int(setting.gib * GIB) - fixed, ahead)
-        assert whole is not None, f"{setting.name} does not fit"
-        streamed = round(len(whole.streamed) / setting.depth)
-        spread = (
-            tuple(index * len(blocks) // streamed for index in range(streamed)) if streamed else ()
-        )
-        found = Residency(tuple(blocks), spread, whole.slots if streamed else 0)
-    assert found is not None
+    fixed = storage.rest + int((CONTEXT + CACHE + setting.scratch) * GIB)
+    budget = sum(blocks) // 2 if dry else int(setting.gib * GIB) - fixed
+    found = choose(blocks, budget, ahead)
+    assert found is not None, f"{setting.name} does not fit"
     return found
 
 
@@ -273,39 +261,37 @@ def row_of(
     residency: Residency,
     link: float,
 ) -> Row:
-    """One setting, way and step; times and bytes of the whole depth."""
+    """One setting, way and step."""
     tokens = step[0] * step[1]
     copies = residency.copied / link * 1e3
     bound = max(best.ms, copies)
-    peak = peak_gib(setting, residency)
     return {
         "format": setting.format or "bfloat16",
         "gib": setting.gib,
         "way": way,
         "step": f"{step[0]} x {step[1]}",
-        "streamed": f"{len(residency.streamed) * setting.depth} of 60",
-        "compute_ms": best.ms * setting.depth,
-        "copy_ms": copies * setting.depth,
-        "ms": timed.ms * setting.depth,
-        "low": min(timed.times) * setting.depth,
-        "high": max(timed.times) * setting.depth,
+        "streamed": f"{len(residency.streamed)} of {len(residency.blocks)}",
+        "compute_ms": best.ms,
+        "copy_ms": copies,
+        "ms": timed.ms,
+        "low": min(timed.times),
+        "high": max(timed.times),
         "of_bound": bound / timed.ms,
         "link_gb_per_s": residency.copied / timed.ms / 1e6,
-        "tokens_per_s": tokens / timed.ms / setting.depth * 1e3,
-        "peak_gib": peak,
+        "tokens_per_s": tokens / timed.ms * 1e3,
+        "peak_gib": peak_gib(),
         "same": torch.equal(timed.logits, best.logits),
         "gain": "",
     }
 
 
-def peak_gib(setting: Setting, residency: Residency) -> float:
-    """What the device had taken at most; of fewer layers, with what the others would take."""
+def peak_gib() -> float:
+    """What the device had taken at most."""
     if DEVICE.type == "cpu":
         return 0.0
     free, whole = torch.cuda.mem_get_info()
     beside = whole - free - torch.cuda.memory_reserved()
-    stay = residency.bytes - residency.slots * residency.slot_bytes
-    return (beside + torch.cuda.max_memory_reserved() + stay * (setting.depth - 1)) / GIB
+    return (beside + torch.cuda.max_memory_reserved()) / GIB
 
 
 def against(rows: Sequence[Row]) -> list[Row]:
