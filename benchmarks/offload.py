@@ -74,7 +74,7 @@ class Setting:
 
 
 SETTINGS = (
-    Setting("sparse8", "5:16-int4-g128", 8, 0.8, decode=(1, 8, 32)),
+    Setting("sparse8", "5:16-int4-g128", 8, 0.9, decode=(1, 8, 32)),
     Setting("sparse8p", "5:16-int4-g128", 8, 2.4, prefill=(512, 768, 1024, 2048)),
     Setting("int16", "dense-int4-g128", 16, 0.8, decode=(1, 8, 32)),
     Setting("int16p", "dense-int4-g128", 16, 2.8, prefill=(384, 512, 1024, 2048)),
