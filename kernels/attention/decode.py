@@ -27,11 +27,12 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import KernelInputError
-from ..launching.launch import Variant
-from ..launching.targets import ALL, Target, target_of
+from ..launching.launch import Kernel, Variant
+from ..launching.targets import ALL, NVIDIA, Target, target_of
 from ..sparse_gemv import overlaps
 from ..workspace import PARTIALS, workspace
 from .cache import KeyRule, KVFormat, NarrowCache
+from .decode_mma import HEADS, WARPS, decode_mma
 from .decode_tiles import decode_narrow, decode_plain
 from .splits import join_splits, shape_of, turn_query
 from .store import SHIPPED
@@ -42,7 +43,7 @@ EVERYTHING = 1 << 30
 """The window of layers without one."""
 MOST_SPLITS = 128
 _LIFTED = 2.0**-14
-"""Takes back `decode_tiles._LIFT`."""
+"""Takes back `decode_tiles.LIFT`."""
 _PAGE = 16
 """Tokens of a page, in the bundle."""
 _SUMS = ("*fp32", "*fp32")
@@ -100,11 +101,13 @@ def _narrow_variants(
     options = _options(overlap)
     asked = (*query, "*bf16", weight)
     yield Variant(turn_query, asked, head, targets=targets, options=options)
-    plan = plan_of(form.width)
     pages = ("*i8", "*bf16", "*i32", "*i8", "*bf16", *["*i64"] * 2)
     types = (*_SUMS, *query, *pages, weight, turns, *["i32"] * 4)
-    constants = _narrow(form, 16, _PAGE, plan, overlap)
-    yield Variant(decode_narrow, types, constants, plan.warps, plan.stages, targets, options)
+    nvidia = tuple(target for target in targets if target in NVIDIA)
+    for group, those in ((16, targets), (HEADS, nvidia)):
+        kernel, plan, constants = _program(form, group, _PAGE, overlap, those is nvidia)
+        if those and (kernel is decode_mma) is (those is nvidia):
+            yield Variant(kernel, types, constants, plan.warps, plan.stages, those, options)
     yield _joining({**head, "TURNED": True}, overlap, targets)
 
 
@@ -182,8 +185,14 @@ def _decode(
     narrow = isinstance(cache, NarrowCache)
     kv_heads, page = _heads_and_page(cache)
     group = heads // kv_heads
-    overlap = query.is_cuda and overlaps(target_of(query.get_device()))
-    plan = plan_of(cache.format.width if isinstance(cache, NarrowCache) else dim)
+    target = target_of(query.get_device()) if query.is_cuda else None
+    overlap = target is not None and overlaps(target)
+    if isinstance(cache, NarrowCache):
+        nvidia = target is not None and target.vendor == "nvidia"
+        kernel, plan, constants = _program(cache.format, group, page, overlap, nvidia)
+    else:
+        kernel, plan = decode_plain, plan_of(dim)
+        constants = _plain(dim, group, page, plan, overlap)
     keys = tables.shape[1] * page if window is None else min(tables.shape[1] * page, window)
     space = workspace(query.device)[0]
     spare = 0 if not narrow else rows * heads * (dim + 2)
@@ -205,22 +214,22 @@ def _decode(
             constants=_head(form, overlap),
             options=options,
         )
-        decode_narrow.launch(
+        kernel.launch(
             grid,
             *(sums, marks, digits.view(torch.int8), own.view(torch.float16), factors),
             *(cache.codes.view(torch.int8), cache.scales, cache.second),
             *(pool.codes.view(torch.int8), pool.scales, tables, offsets, weight, turns, *numbers),
-            constants=_narrow(form, group, page, plan, overlap),
+            constants=constants,
             warps=plan.warps,
             stages=plan.stages,
             options=options,
         )
         ending = {**_head(form, overlap), "TURNED": True}
     else:
-        decode_plain.launch(
+        kernel.launch(
             grid,
             *(sums, marks, query, *cache, tables, offsets, *numbers),
-            constants=_plain(dim, group, page, plan, overlap),
+            constants=constants,
             warps=plan.warps,
             stages=plan.stages,
             options=options,
@@ -259,6 +268,28 @@ def _plain_head(dim: int, overlap: bool) -> dict[str, Any]:
 
 def _rows(group: int) -> int:
     return max(16, 1 << (group - 1).bit_length())
+
+
+def _program(
+    form: KVFormat, group: int, page: int, overlap: bool, nvidia: bool
+) -> tuple[Kernel, Plan, dict[str, Any]]:
+    """Which kernel reads narrow pages for `group` heads a key head, and its constants."""
+    if not (nvidia and _fits_mma(form, group)):
+        plan = plan_of(form.width)
+        return decode_narrow, plan, _narrow(form, group, page, plan, overlap)
+    pairs = form.pairs or 0
+    plan = Plan(64, 2 * pairs or min(form.head_dim, 128), WARPS, 1, 2)
+    constants = {
+        **{"DIM": form.head_dim, "SIDES": form.sides, "PAIRS": pairs, "CHUNK": plan.chunk},
+        **{"PAGE": page, "TILE": plan.tile, "OVERLAP": overlap},
+    }
+    return decode_mma, plan, constants
+
+
+def _fits_mma(form: KVFormat, group: int) -> bool:
+    """Whether `decode_mma` reads such pages: its registers and shared memory have room for them."""
+    sizes = form.head_dim in (128, 256, 512) and form.sides * form.head_dim <= 512
+    return form.bits == 8 and group <= HEADS and sizes and form.pairs in (None, 0, 32, 64)
 
 
 def _narrow(form: KVFormat, group: int, page: int, plan: Plan, overlap: bool) -> dict[str, Any]:

@@ -10,9 +10,9 @@ import triton.language as tl
 from ..launching.launch import Kernel
 from .splits import DIGIT, LOG2E, leave, leave_marks, sign
 
-_LIFT = tl.constexpr(14.0)
+LIFT = tl.constexpr(14.0)
 """Binary places by which probabilities are lifted into the range of float16."""
-_TINY = tl.constexpr(1e-30)
+TINY = tl.constexpr(1e-30)
 
 
 @triton.jit
@@ -240,12 +240,12 @@ def _decode_narrow(
             scores += scores_more * key_more[None, :]
         scores = tl.where(seen[None, :], scores, -float("inf"))
         # A value of scale 0 has no codes but 0.
-        lifted = scores + tl.log2(tl.maximum(value_scale, _TINY))[None, :]
+        lifted = scores + tl.log2(tl.maximum(value_scale, TINY))[None, :]
         new = tl.maximum(largest, tl.max(lifted, 1))
         old = tl.exp2(largest - new)
         largest = new
         share = share * old + tl.sum(tl.exp2(scores - new[:, None]), 1)
-        shares = tl.exp2(lifted - new[:, None] + _LIFT)
+        shares = tl.exp2(lifted - new[:, None] + LIFT)
         kept = ()
         for i in tl.static_range(len(totals)):
             kept = kept + (totals[i] * old[:, None],)
@@ -254,7 +254,7 @@ def _decode_narrow(
             value_more = tl.load(more_scales + pool + (SIDES - 1)).to(tl.float32)
             value_more = tl.where(more >= 0, value_more, 0.0)
             codes_more = _codes(more_codes + (pool + (SIDES - 1)) * WIDTH, WIDTH, CHUNK)
-            shares *= (value_more / tl.maximum(value_scale, _TINY))[None, :]
+            shares *= (value_more / tl.maximum(value_scale, TINY))[None, :]
             totals = _mixed(totals, shares.to(tl.float16), codes_more, BITS)
 
     for i in tl.static_range(len(totals)):

@@ -84,7 +84,10 @@ class Case:
 @pytest.mark.parametrize("limit", [1.0, 1e-3], ids=["one digit", "two"])
 @pytest.mark.parametrize(
     ("head_dim", "pairs"),
-    [(24, None), (64, None), (128, None), (128, 16), (64, 16), (24, 3), (64, 0)],
+    [
+        *[(24, None), (64, None), (128, None), (256, None), (128, 16), (64, 16), (24, 3)],
+        *[(64, 0), (128, 0), (128, 32), (256, 64)],
+    ],
     ids=str,
 )
 def test_narrow(
@@ -95,23 +98,28 @@ def test_narrow(
     assert case.error() <= MOST_ERROR
 
 
-@pytest.mark.parametrize("group", [1, 8, 5])
-def test_groups(group: int, device: torch.device) -> None:
-    assert Case(KVFormat(2, 128, 8, 16), group, [20, 66], device, 1.0).error() <= MOST_ERROR
+@pytest.mark.parametrize("group", [1, 8, 5, 9])
+@pytest.mark.parametrize("pairs", [16, 32])
+def test_groups(group: int, pairs: int, device: torch.device) -> None:
+    case = Case(KVFormat(2, 128, 8, pairs), group, [20, 66], device, 1.0)
+    assert case.error() <= MOST_ERROR
 
 
-@pytest.mark.parametrize("window", [1, 5, 24, 1000])
-@pytest.mark.parametrize("pairs", [None, 16])
-def test_windows(window: int, pairs: int | None, device: torch.device) -> None:
-    case = Case(KVFormat(1, 64, 8, pairs), 2, [100, 7, 64, 65], device, 1e-3, window)
+@pytest.mark.parametrize("window", [1, 5, 24, 70, 1000])
+@pytest.mark.parametrize(("head_dim", "pairs"), [(64, None), (64, 16), (128, None), (128, 32)])
+def test_windows(window: int, head_dim: int, pairs: int | None, device: torch.device) -> None:
+    case = Case(KVFormat(1, head_dim, 8, pairs), 2, [200, 7, 64, 65], device, 1e-3, window)
     assert case.error() <= MOST_ERROR
 
 
 @pytest.mark.parametrize("splits", [2, 7])
-def test_splits(splits: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_splits(
+    splits: int, head_dim: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows shorter than the splits; twice the same bits."""
     monkeypatch.setattr(module, "splits_of", lambda *_: splits)
-    case = Case(KVFormat(1, 64, 8), 2, [300, 3, 70, 128], device, 1e-3)
+    case = Case(KVFormat(1, head_dim, 8), 2, [300, 3, 70, 128], device, 1e-3)
     assert case.error() <= MOST_ERROR
     outs = [torch.full_like(case.query, torch.nan) for _ in range(2)]
     for out in outs:
