@@ -32,7 +32,7 @@ from ..launching.targets import ALL, NVIDIA, Target, target_of
 from ..sparse_gemv import overlaps
 from ..workspace import PARTIALS, workspace
 from .cache import KeyRule, KVFormat, NarrowCache
-from .decode_mma import HEADS, WARPS, decode_mma
+from .decode_mma import HEADS, LISTED, WARPS, decode_mma
 from .decode_tiles import decode_narrow, decode_plain
 from .splits import join_splits, shape_of, turn_query
 from .store import SHIPPED
@@ -103,11 +103,13 @@ def _narrow_variants(
     yield Variant(turn_query, asked, head, targets=targets, options=options)
     pages = ("*i8", "*bf16", "*i32", "*i8", "*bf16", *["*i64"] * 2)
     types = (*_SUMS, *query, *pages, weight, turns, *["i32"] * 4)
-    nvidia = tuple(target for target in targets if target in NVIDIA)
-    for group, those in ((16, targets), (HEADS, nvidia)):
-        kernel, plan, constants = _program(form, group, _PAGE, overlap, those is nvidia)
-        if those and (kernel is decode_mma) is (those is nvidia):
-            yield Variant(kernel, types, constants, plan.warps, plan.stages, those, options)
+    kernel, plan, constants = _program(form, 16, _PAGE, overlap, nvidia=False)
+    yield Variant(kernel, types, constants, plan.warps, plan.stages, targets, options)
+    kernel, plan, constants = _program(form, HEADS, _PAGE, overlap, nvidia=True)
+    those = tuple(target for target in targets if target in NVIDIA)
+    if kernel is decode_mma and those:
+        types = (*_SUMS, "*i32", *types[len(_SUMS) :])
+        yield Variant(kernel, types, constants, plan.warps, plan.stages, those, options)
     yield _joining({**head, "TURNED": True}, overlap, targets)
 
 
@@ -196,7 +198,7 @@ def _decode(
     keys = tables.shape[1] * page if window is None else min(tables.shape[1] * page, window)
     space = workspace(query.device)[0]
     spare = 0 if not narrow else rows * heads * (dim + 2)
-    room = (len(space) - spare) // (rows * heads * (dim + 2))
+    room = (len(space) - spare) // (rows * (heads * (dim + 2) + kv_heads * LISTED))
     splits = splits_of(plan.programs * _processors(query.device), rows * kv_heads, keys, room)
     sums, space = _cut(space, rows * heads * splits * dim)
     marks, space = _cut(space, rows * heads * splits * 2)
@@ -207,7 +209,8 @@ def _decode(
         weight, turns = (None, None) if rule is None else (rule.weight, _turns(rule))
         digits, space = _cut(space, rows * heads * dim // 2)
         factors, space = _cut(space, rows * heads * 2)
-        own = space[: rows * heads * (form.pairs or 0)]
+        own, space = _cut(space, rows * heads * (form.pairs or 0))
+        found = (space.view(torch.int32),) if kernel is decode_mma else ()
         turn_query.launch(
             (rows * heads,),
             *(digits.view(torch.int8), own.view(torch.float16), factors, query, weight),
@@ -216,7 +219,7 @@ def _decode(
         )
         kernel.launch(
             grid,
-            *(sums, marks, digits.view(torch.int8), own.view(torch.float16), factors),
+            *(sums, marks, *found, digits.view(torch.int8), own.view(torch.float16), factors),
             *(cache.codes.view(torch.int8), cache.scales, cache.second),
             *(pool.codes.view(torch.int8), pool.scales, tables, offsets, weight, turns, *numbers),
             constants=constants,
@@ -329,7 +332,7 @@ def _heads_and_page(cache: NarrowCache | PlainCache) -> tuple[int, int]:
 
 def _most_rows(heads: int, dim: int) -> int:
     """Sequences that the workspace has room for; a power of two, so that slices are aligned."""
-    most = PARTIALS // (heads * (2 * dim + 4))
+    most = PARTIALS // (heads * (2 * dim + 4 + LISTED))
     return 1 << (most.bit_length() - 1)
 
 

@@ -1,12 +1,16 @@
 """The program of decode attention over narrow pages in 8 bits, by `mma` on NVIDIA's cards.
 
-A step takes TILE keys, which pass through shared memory as they are stored, the next step's under
-way while this one's are used: nothing is widened before the tensor cores want it. Keys are rows of
-the left operand, of which each warp has sixteen, and up to eight query heads the columns of the
-right one, in int8. Values are the left operand too, turned on their side on the way from shared
-memory as pairs of neighbouring columns, which become float16 in five instructions for four codes;
-each warp has a fourth of the columns, so that only scores' maxima and probabilities, in shared
-memory, go from warp to warp.
+A step takes TILE rows, which pass through shared memory as they are stored, the next step's under
+way while this one's are used: nothing is widened before the tensor cores want it. Rows are those of
+the left operand, of which each warp has sixteen, and two digits of up to eight query heads the
+columns of the right one, in int8. Values are the left operand too, turned on their side on the way
+from shared memory as pairs of neighbouring columns, which become float16 in five instructions for
+four codes; each warp has a fourth of the columns, so that only scores' maxima and probabilities, in
+shared memory, go from warp to warp.
+
+A row is a key's first digit. Keys that have a second one are left out and listed before (`_list`);
+behind the last of the others come steps with TILE / 2 of them, their two digits in rows r and r + 8
+of sixteen, whose scores are added. If there are too many for the list, all keys are taken so.
 
 In the columns that RoPE turns, codes are turned back by products with signs: a Hadamard matrix of
 2 PAIRS rows is blocks of one with 32 rows, plus or minus, which stays in eight registers.
@@ -28,7 +32,12 @@ from .splits import DIGIT
 HEADS = 8
 """Query heads of a key head, at most."""
 WARPS = 4
+LISTED = 512
+"""Keys of a program that a list has room for."""
 _HEADS = gl.constexpr(HEADS)
+_LISTED = gl.constexpr(LISTED)
+_SCANNED = gl.constexpr(1024)
+"""Keys that are looked at together."""
 _PART = gl.constexpr(32)
 """Rows of the Hadamard matrix that is held in registers, and columns of one turned product."""
 
@@ -39,14 +48,15 @@ _BYTES_LEFT = gl.constexpr(gl.DotOperandLayout(0, _MMA.value, 4))
 _BYTES_RIGHT = gl.constexpr(gl.DotOperandLayout(1, _MMA.value, 4))
 _LEFT = gl.constexpr(gl.DotOperandLayout(0, _MMA.value, 2))
 _RIGHT = gl.constexpr(gl.DotOperandLayout(1, _MMA.value, 2))
-_COPY = gl.constexpr(gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0]))
-_KEY = gl.constexpr(gl.SliceLayout(1, _MMA.value))
+_ROW = gl.constexpr(gl.SliceLayout(1, _MMA.value))
 _HEAD = gl.constexpr(gl.SliceLayout(0, _MMA.value))
+_COPY = gl.constexpr(gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0]))
 _COPIED = gl.constexpr(gl.SliceLayout(1, _COPY.value))
-_SHARED = gl.constexpr(gl.SwizzledSharedLayout(16, 1, 8, [1, 0]))
-_SHARED_PAIRS = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
-_SHARED_PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-_SHARED_SHARES = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [0, 1]))
+_SCAN = gl.constexpr(gl.BlockedLayout([8], [32], [WARPS], [0]))
+_PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+_BYTES = gl.constexpr(gl.SwizzledSharedLayout(16, 1, 8, [1, 0]))
+_BYTE_PAIRS = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+_ON_SIDE = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [0, 1]))
 
 # Two's complement plus 128 as the low byte of float16 1024, and 1152 off.
 _WIDEN = gl.constexpr(
@@ -97,44 +107,104 @@ def _signs():
 
 
 @gluon.jit
-def _lines(tables, key, kv_heads, kv_head, PAGE: gl.constexpr, SIDES: gl.constexpr):
-    """Where keys are in the cache: (of scales and codes, first side; of second digits)."""
-    page = gl.load(tables + key // PAGE).to(gl.int32)
-    line = (page * (SIDES * kv_heads) + kv_head) * PAGE + key % PAGE
-    return line, (page * kv_heads + kv_head) * PAGE + key % PAGE
+def _sum(a, b):
+    return a + b
 
 
 @gluon.jit
-def _fetch(buffer, codes, line, fits, WIDTH: gl.constexpr):
-    """Starts to copy the codes of some lines; of those that do not fit, zeros."""
-    byte = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, _COPY))
-    place = codes + line.to(gl.int64)[:, None] * WIDTH + byte[None, :]
-    async_copy.async_copy_global_to_shared(buffer, place, mask=fits[:, None])
+def _list(found, tables, second, first, last, kv_heads, kv_head, PAGE: gl.constexpr):
+    """Writes which keys of `first` to `last` - 1 have second digits, in order; how many there are.
+
+    Those that a list has no room for are counted only.
+    """
+    count = 0
+    for start in range(first, last, _SCANNED):
+        key = start + gl.arange(0, _SCANNED, layout=_SCAN)
+        inside = key < last
+        page = gl.load(tables + key // PAGE, mask=inside, other=0).to(gl.int32)
+        place = (page * kv_heads + kv_head) * PAGE + key % PAGE
+        wide = gl.load(second + place, mask=inside, other=-1) >= 0
+        order = count + gl.associative_scan(wide.to(gl.int32), 0, _sum)
+        gl.store(found + order - 1, key, mask=wide & (order <= _LISTED))
+        count += gl.sum(wide.to(gl.int32), 0)
+    return count
 
 
 @gluon.jit
-def _scores(
+def _key(step, row, found, first, whole, count, low, offset, TILE: gl.constexpr):
+    """The key of each row of a step, and whether it is a second digit and whether it counts.
+
+    Of `whole` steps each row has a key of its own, from `first` on; after them come `count` keys
+    with two rows each: those of the list, or, if there are too many for it, all from `first` on.
+    """
+    key = first + step * TILE + row
+    index = (step - whole) * (TILE // 2) + row // 16 * 8 + row % 8
+    listed = step >= whole
+    there = index < count
+    if listed:
+        key = first + index
+        if count <= _LISTED:
+            key = gl.load(found + index, mask=there, other=0)
+    counts = (key >= low) & (key <= offset) & (there | (step < whole))
+    return gl.minimum(gl.maximum(key, low), offset), listed & (row // 8 % 2 == 1), counts
+
+
+@gluon.jit
+def _page(tables, key, PAGE: gl.constexpr):
+    return gl.load(tables + key // PAGE).to(gl.int32)
+
+
+@gluon.jit
+def _copy(
+    buffers,
+    slot,
     codes,
-    firsts,
-    seconds,
-    own,
-    weights,
-    turns,
-    factors,
-    plus,
-    minus,
-    PAIRS: gl.constexpr,
-    CHUNK: gl.constexpr,
+    more_codes,
+    second,
+    page,
+    key,
+    is_second,
+    listed,
+    going,
+    kv_heads,
+    kv_head,
+    WIDTH: gl.constexpr,
+    SIDES: gl.constexpr,
+    PAGE: gl.constexpr,
 ):
-    """float32 [TILE, HEADS]: products of keys and queries, but for the keys' scales."""
+    """Starts to copy the codes of a step's rows; zeros of second digits that there are not."""
+    line = (page * (SIDES * kv_heads) + kv_head) * PAGE + key % PAGE
+    place = codes + line.to(gl.int64) * WIDTH
+    apart = gl.zeros_like(line) + kv_heads * (PAGE * WIDTH)
+    fits = (key >= 0) & going
+    if listed:
+        more = gl.load(second + (page * kv_heads + kv_head) * PAGE + key % PAGE)
+        fits = fits & ((more >= 0) | (is_second == 0))
+        pool = more_codes + gl.maximum(more, 0).to(gl.int64) * (SIDES * WIDTH)
+        place = gl.where(is_second, pool, place)
+        apart = gl.where(is_second, WIDTH, apart)
+    byte = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, _COPY))[None, :]
+    for side in gl.static_range(SIDES):
+        target = buffers.index(slot * SIDES + side)
+        source = (place + side * apart)[:, None] + byte
+        async_copy.async_copy_global_to_shared(target, source, mask=fits[:, None])
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _scores(codes, digits, own, weights, turns, rates, plus, minus, PAIRS: gl.constexpr):
+    """float32 [TILE, HEADS]: products of rows and queries, but for the rows' scales."""
     TILE: gl.constexpr = codes.shape[0]
-    one = gl.zeros([TILE, _HEADS], gl.int32, _MMA)
-    two = gl.zeros([TILE, _HEADS], gl.int32, _MMA)
-    for i in gl.static_range(len(firsts)):
+    CHUNKS: gl.constexpr = digits.shape[0]
+    CHUNK: gl.constexpr = digits.shape[2]
+    sums = gl.zeros([TILE, 2 * _HEADS], gl.int32, _MMA)
+    for i in gl.static_range(CHUNKS):
         x = codes.slice(2 * PAIRS + i * CHUNK, CHUNK, dim=1).load(_BYTES_LEFT)
-        one = mma_v2(x, firsts[i], one)
-        two = mma_v2(x, seconds[i], two)
-    scores = (one.to(gl.float32) + two.to(gl.float32) * (1 / DIGIT)) * factors[0][None, :]
+        sums = mma_v2(x, digits.index(i).permute((1, 0)).load(_BYTES_RIGHT), sums)
+    one, two = gl.split(gl.permute(gl.reshape(sums, [TILE, 2, _HEADS]), [0, 2, 1]))
+    one = gl.convert_layout(one, _MMA, assert_trivial=True).to(gl.float32)
+    two = gl.convert_layout(two, _MMA, assert_trivial=True).to(gl.float32)
+    scores = (one + two * (1 / DIGIT)) * rates[0][None, :]
     if PAIRS > 0:
         HALF: gl.constexpr = PAIRS // _PART
         turned = gl.zeros([TILE, _HEADS], gl.float32, _MMA)
@@ -168,12 +238,22 @@ def _scores(
                 is_pure=True,
                 pack=2,
             )
-            low = gl.convert_layout(low, _LEFT, assert_trivial=True)
-            high = gl.convert_layout(high, _LEFT, assert_trivial=True)
-            turned = mma_v2(low, own.slice(2 * j * _PART, _PART, dim=0).load(_RIGHT), turned)
-            turned = mma_v2(high, own.slice((2 * j + 1) * _PART, _PART, dim=0).load(_RIGHT), turned)
-        scores += turned * factors[1][None, :]
+            for side in gl.static_range(2):
+                mine = own.slice((2 * j + side) * _PART, _PART, dim=0).load(_RIGHT)
+                part = gl.convert_layout(high if side else low, _LEFT, assert_trivial=True)
+                turned = mma_v2(part, mine, turned)
+        scores += turned * rates[1][None, :]
     return scores
+
+
+@gluon.jit
+def _both(scores):
+    """The sum of rows r and r + 8 of sixteen, for both."""
+    TILE: gl.constexpr = scores.shape[0]
+    apart = gl.permute(gl.reshape(scores, [TILE // 16, 2, 8, _HEADS]), [0, 2, 3, 1])
+    first, other = gl.split(apart)
+    total = gl.permute(gl.join(first + other, first + other), [0, 3, 1, 2])
+    return gl.convert_layout(gl.reshape(total, [TILE, _HEADS]), _MMA, assert_trivial=True)
 
 
 @gluon.jit
@@ -194,6 +274,7 @@ def _mixed(even, odd, shares, codes, KEYS: gl.constexpr):
 def _decode_mma(
     sums,
     marks,
+    lists,
     digits,
     own,
     factors,
@@ -221,28 +302,27 @@ def _decode_mma(
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    CHUNKS: gl.constexpr = (DIM - 2 * PAIRS) // CHUNK
     batch = gl.program_id(0) // kv_heads
     kv_head = gl.program_id(0) % kv_heads
+    split = gl.program_id(1)
     head = (gl.program_id(0) * group).to(gl.int64)
     offset = gl.load(offsets + batch).to(gl.int32)
     low = gl.maximum(offset - window + 1, 0)
-    first = low // TILE
-    tiles = offset // TILE + 1 - first
-    begin = first + tiles * gl.program_id(1) // gl.num_programs(1)
-    end = first + tiles * (gl.program_id(1) + 1) // gl.num_programs(1)
+    tiles = offset // TILE + 1 - low // TILE
+    begin = low // TILE + tiles * split // gl.num_programs(1)
+    end = low // TILE + tiles * (split + 1) // gl.num_programs(1)
     tables += batch.to(gl.int64) * columns
+    stride = kv_heads * PAGE
 
-    # The query, a right operand: [columns, heads].
-    wide_head = gl.arange(0, _HEADS, layout=gl.SliceLayout(0, _BYTES_RIGHT))
-    byte = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, _BYTES_RIGHT))
-    firsts = ()
-    seconds = ()
-    for i in gl.static_range((DIM - 2 * PAIRS) // CHUNK):
-        place = digits + (head + wide_head)[None, :] * (2 * DIM)
-        place += (2 * PAIRS + i * CHUNK + byte)[:, None]
-        here = (wide_head < group)[None, :]
-        firsts = firsts + (gl.load(place, mask=here, other=0),)
-        seconds = seconds + (gl.load(place + DIM, mask=here, other=0),)
+    # The query, in shared memory: a row for each digit of each head.
+    asked = gl.allocate_shared_memory(gl.int8, [CHUNKS, 2 * _HEADS, CHUNK], _BYTES)
+    byte = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, _COPY))
+    row = gl.arange(0, 2 * _HEADS, layout=_COPIED)
+    place = digits + ((head + row % _HEADS) * 2 + row // _HEADS)[:, None] * DIM + byte[None, :]
+    here = (row % _HEADS < group)[:, None] & (byte >= 0)[None, :]
+    for i in gl.static_range(CHUNKS):
+        asked.index(i).store(gl.load(place + (2 * PAIRS + i * CHUNK), mask=here, other=0))
     h = gl.arange(0, _HEADS, layout=_HEAD)
     rates = (gl.load(factors + (head + h) * 2, mask=h < group, other=0.0),)
     mine = 0
@@ -253,127 +333,118 @@ def _decode_mma(
         rates = rates + (gl.load(factors + (head + h) * 2 + 1, mask=h < group, other=0.0),)
         plus = _signs()
         minus = -plus
-        pair = gl.arange(0, _PART, layout=gl.SliceLayout(1, _RIGHT))
+        mine = gl.allocate_shared_memory(gl.float16, [2 * PAIRS, _HEADS], _ON_SIDE)
+        weights = gl.allocate_shared_memory(gl.float32, [2 * PAIRS // _PART, _PART], _PLAIN)
+        pair = gl.arange(0, _PART, layout=_ROW)
         column = gl.arange(0, _PART, layout=_HEAD)
-        asked = gl.arange(0, _HEADS, layout=gl.SliceLayout(0, _RIGHT))
-        mine = gl.allocate_shared_memory(gl.float16, [2 * PAIRS, _HEADS], _SHARED_SHARES)
-        weights = gl.allocate_shared_memory(gl.float32, [2 * PAIRS // _PART, _PART], _SHARED_PLAIN)
         for i in gl.static_range(2 * PAIRS // _PART):
             # Part j of the firsts of pairs, then part j of the seconds.
             start = i % 2 * PAIRS + i // 2 * _PART
-            place = own + (head + asked)[None, :] * (2 * PAIRS) + (start + pair)[:, None]
-            part = gl.load(place, mask=(asked < group)[None, :], other=0.0)
+            place = own + (head + h)[None, :] * (2 * PAIRS) + (start + pair)[:, None]
+            part = gl.load(place, mask=(h < group)[None, :], other=0.0)
             mine.slice(i * _PART, _PART, dim=0).store(part)
             rate = gl.load(weight + i % 2 * (DIM // 2) + i // 2 * _PART + column)
             weights.index(i).store(rate * (0.5 / PAIRS))
 
-    buffers = gl.allocate_shared_memory(gl.int8, [2 * SIDES, TILE, DIM], _SHARED)
-    extra = gl.allocate_shared_memory(gl.int8, [SIDES, TILE, DIM], _SHARED)
-    held = gl.allocate_shared_memory(gl.float16, [TILE, _HEADS], _SHARED_SHARES)
-    copied = gl.arange(0, TILE, layout=_COPIED)
-    scored = gl.arange(0, TILE, layout=_KEY)
+    found = lists + (gl.program_id(0) * gl.num_programs(1) + split).to(gl.int64) * _LISTED
+    first = begin * TILE
+    from_ = gl.maximum(first, low)
+    until = gl.minimum(end * TILE, offset + 1)
+    count = _list(found, tables, second, from_, until, kv_heads, kv_head, PAGE)
+    whole = end - begin
+    if count > _LISTED:
+        count = whole * TILE
+        whole = 0
+    steps = whole + gl.cdiv(count, TILE // 2)
+    barrier()
 
-    key = gl.minimum(gl.maximum(begin * TILE + copied, low), offset)
-    line, place = _lines(tables, key, kv_heads, kv_head, PAGE, SIDES)
-    more = gl.load(second + place)
-    for side in gl.static_range(SIDES):
-        _fetch(buffers.index(side), codes, line + side * kv_heads * PAGE, copied < TILE, DIM)
-    async_copy.commit_group()
-    key = gl.minimum(gl.maximum(begin * TILE + scored, low), offset)
-    row, place = _lines(tables, key, kv_heads, kv_head, PAGE, SIDES)
-    row_more = gl.load(second + place)
-    key_scale = gl.load(scales + row)
-    value_scale = gl.load(scales + row + (SIDES - 1) * kv_heads * PAGE)
-    key = gl.minimum((begin + 1) * TILE + copied, offset)
-    line, more_place = _lines(tables, gl.maximum(key, low), kv_heads, kv_head, PAGE, SIDES)
-    key = gl.minimum((begin + 1) * TILE + scored, offset)
-    row, row_place = _lines(tables, gl.maximum(key, low), kv_heads, kv_head, PAGE, SIDES)
+    buffers = gl.allocate_shared_memory(gl.int8, [2 * SIDES, TILE, DIM], _BYTES)
+    held = gl.allocate_shared_memory(gl.float16, [TILE, _HEADS], _ON_SIDE)
+    copied = gl.arange(0, TILE, layout=_COPIED)
+    row = gl.arange(0, TILE, layout=_ROW)
+
+    # Pages of a step are looked up in the one before; its codes are under way then.
+    key, is_second, _ = _key(0, copied, found, first, whole, count, low, offset, TILE)
+    page = _page(tables, key, PAGE)
+    _copy(
+        *(buffers, 0, codes, more_codes, second, page, key, is_second, whole == 0, steps > 0),
+        *(kv_heads, kv_head, DIM, SIDES, PAGE),
+    )
+    key, is_second, _ = _key(1, copied, found, first, whole, count, low, offset, TILE)
+    page = _page(tables, key, PAGE)
+    row_key, row_second, row_counts = _key(0, row, found, first, whole, count, low, offset, TILE)
+    row_page = _page(tables, row_key, PAGE)
 
     largest = gl.full([_HEADS], -float("inf"), gl.float32, _HEAD)
     share = gl.zeros([TILE, _HEADS], gl.float32, _MMA)
     even = gl.zeros([DIM // 2, _HEADS], gl.float32, _MMA)
     odd = gl.zeros([DIM // 2, _HEADS], gl.float32, _MMA)
-    slot = 0
-    for tile in range(begin, end):
-        wide = gl.max(more, 0) >= 0
-        pool = gl.maximum(more, 0) * SIDES
+    for step in range(0, steps):
+        slot = step % 2
         barrier()
-        if wide:
-            for side in gl.static_range(SIDES):
-                _fetch(extra.index(side), more_codes, pool + side, more >= 0, DIM)
-        async_copy.commit_group()
-        following = tile + 1 < end
-        for side in gl.static_range(SIDES):
-            _fetch(
-                buffers.index((1 - slot) * SIDES + side),
-                *(codes, line + side * kv_heads * PAGE, (copied < TILE) & following, DIM),
-            )
-        async_copy.commit_group()
-        key = tile * TILE + scored
-        seen = (key >= low) & (key <= offset)
-        key = gl.minimum(gl.maximum(key, low), offset)
+        going = step + 1 < steps
+        _copy(
+            *(buffers, 1 - slot, codes, more_codes, second, page, key, is_second),
+            *(step + 1 >= whole, going, kv_heads, kv_head, DIM, SIDES, PAGE),
+        )
+        row_more = gl.load(second + (row_page * kv_heads + kv_head) * PAGE + row_key % PAGE)
+        row_line = (row_page * (SIDES * kv_heads) + kv_head) * PAGE + row_key % PAGE
+        key_scale = gl.load(scales + row_line)
+        value_scale = key_scale
+        if SIDES == 2:
+            value_scale = gl.load(scales + row_line + stride)
         turn = ()
         if PAIRS > 0:
             angle = gl.arange(0, _PART, layout=_HEAD)
-            angles = turns + key.to(gl.int64)[:, None] * (2 * PAIRS) + angle[None, :]
+            angles = turns + row_key.to(gl.int64)[:, None] * (2 * PAIRS) + angle[None, :]
             for i in gl.static_range(PAIRS // _PART):
                 turn = turn + (gl.load(angles + i * _PART),)
                 turn = turn + (gl.load(angles + PAIRS + i * _PART),)
-        now_more, now_scale, now_value = row_more, key_scale.to(gl.float32), value_scale
-        more = gl.load(second + more_place)
-        row_more = gl.load(second + row_place)
-        key_scale = gl.load(scales + row)
-        value_scale = gl.load(scales + row + (SIDES - 1) * kv_heads * PAGE)
-        key = gl.minimum((tile + 2) * TILE + copied, offset)
-        line, more_place = _lines(tables, gl.maximum(key, low), kv_heads, kv_head, PAGE, SIDES)
-        key = gl.minimum((tile + 2) * TILE + scored, offset)
-        row, row_place = _lines(tables, gl.maximum(key, low), kv_heads, kv_head, PAGE, SIDES)
-
-        async_copy.wait_group(2)
+        async_copy.wait_group(1)
         barrier()
-        scores = _scores(
-            *(buffers.index(slot * SIDES), firsts, seconds, mine, weights, turn, rates),
-            *(plus, minus, PAIRS, CHUNK),
-        )
-        scores *= now_scale[:, None]
-        row_pool = gl.maximum(now_more, 0).to(gl.int64) * SIDES
-        if wide:
-            async_copy.wait_group(1)
-            barrier()
-            scale_more = gl.load(more_scales + row_pool).to(gl.float32)
-            scale_more = gl.where(now_more >= 0, scale_more, 0.0)
-            scores_more = _scores(
-                *(extra.index(0), firsts, seconds, mine, weights, turn, rates),
-                *(plus, minus, PAIRS, CHUNK),
-            )
-            scores += scores_more * scale_more[:, None]
-        scores = gl.where(seen[:, None], scores, -float("inf"))
+        own_codes = buffers.index(slot * SIDES)
+        scores = _scores(own_codes, asked, mine, weights, turn, rates, plus, minus, PAIRS)
+        key_unit = key_scale.to(gl.float32)
+        unit = value_scale.to(gl.float32)
+        counts = row_counts & ((row_more < 0) | (step >= whole))
+        once = counts
+        if step >= whole:
+            pool = gl.maximum(row_more, 0).to(gl.int64) * SIDES
+            there = row_more >= 0
+            other = gl.load(more_scales + pool, mask=there, other=0.0).to(gl.float32)
+            key_unit = gl.where(row_second, other, key_unit)
+            other = gl.load(more_scales + pool + (SIDES - 1), mask=there, other=0.0)
+            unit = gl.where(row_second, other.to(gl.float32), unit)
+            once = counts & (row_second == 0)
+        scores *= key_unit[:, None]
+        if step >= whole:
+            scores = _both(scores)
+        scores = gl.where(counts[:, None], scores, -float("inf"))
         # A value of scale 0 has no codes but 0.
-        unit = gl.maximum(now_value.to(gl.float32), TINY)
-        lifted = scores + gl.log2(unit)[:, None]
-        new = gl.maximum(largest, gl.max(lifted, 0))
-        old = gl.exp2(largest - new)
-        largest = new
-        share = share * old[None, :] + gl.exp2(scores - new[None, :])
-        shares = gl.exp2(lifted - new[None, :] + LIFT)
+        lifted = scores + gl.log2(gl.maximum(unit, TINY))[:, None]
+        largest_yet = gl.maximum(largest, gl.max(lifted, 0))
+        # Nothing may have counted so far.
+        base = gl.where(largest_yet == -float("inf"), 0.0, largest_yet)
+        old = gl.exp2(largest - base)
+        largest = largest_yet
+        share = share * old[None, :] + gl.where(once[:, None], gl.exp2(scores - base[None, :]), 0.0)
+        held.store(gl.exp2(lifted - base[None, :] + LIFT).to(gl.float16))
         even = even * old[None, :]
         odd = odd * old[None, :]
-        held.store(shares.to(gl.float16))
+
+        key, is_second, _ = _key(step + 2, copied, found, first, whole, count, low, offset, TILE)
+        row_key, row_second, row_counts = _key(
+            step + 1, row, found, first, whole, count, low, offset, TILE
+        )
+        page = _page(tables, key, PAGE)
+        row_page = _page(tables, row_key, PAGE)
         values = buffers.index(slot * SIDES + SIDES - 1)
-        values = values._reinterpret(gl.int16, [TILE, DIM // 2], _SHARED_PAIRS)
+        values = values._reinterpret(gl.int16, [TILE, DIM // 2], _BYTE_PAIRS)
         even, odd = _mixed(even, odd, held, values, 16)
-        if wide:
-            scale_more = gl.load(more_scales + row_pool + (SIDES - 1)).to(gl.float32)
-            scale_more = gl.where(now_more >= 0, scale_more, 0.0)
-            held.store((shares * (scale_more / unit)[:, None]).to(gl.float16))
-            values = extra.index(SIDES - 1)
-            values = values._reinterpret(gl.int16, [TILE, DIM // 2], _SHARED_PAIRS)
-            even, odd = _mixed(even, odd, held, values, 16)
-        slot = 1 - slot
     async_copy.wait_group(0)
 
-    place = (head + h) * gl.num_programs(1) + gl.program_id(1)
-    pair = gl.arange(0, DIM // 2, layout=_KEY)
+    place = (head + h) * gl.num_programs(1) + split
+    pair = gl.arange(0, DIM // 2, layout=_ROW)
     target = sums + place[None, :] * DIM + 2 * pair[:, None]
     gl.store(target, even, mask=(h < group)[None, :])
     gl.store(target + 1, odd, mask=(h < group)[None, :])
