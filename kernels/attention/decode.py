@@ -32,7 +32,7 @@ from ..launching.targets import ALL, NVIDIA, Target, target_of
 from ..sparse_gemv import overlaps
 from ..workspace import PARTIALS, workspace
 from .cache import KeyRule, KVFormat, NarrowCache
-from .decode_mma import HEADS, LISTED, WARPS, decode_mma
+from .decode_mma import HEADS, LISTED, WARPS, decode_mma, together
 from .decode_tiles import decode_narrow, decode_plain
 from .splits import join_splits, shape_of, turn_query
 from .store import SHIPPED
@@ -206,11 +206,12 @@ def _decode(
     grid, options = (rows * kv_heads, splits), _options(overlap)
     if isinstance(cache, NarrowCache):
         form, pool = cache.format, cache.overflow
-        weight, turns = (None, None) if rule is None else (rule.weight, _turns(rule))
+        by_mma = kernel is decode_mma
+        weight, turns = (None, None) if rule is None else (rule.weight, _turns(rule, by_mma))
         digits, space = _cut(space, rows * heads * dim // 2)
         factors, space = _cut(space, rows * heads * 2)
         own, space = _cut(space, rows * heads * (form.pairs or 0))
-        found = (space.view(torch.int32),) if kernel is decode_mma else ()
+        found = (space.view(torch.int32),) if by_mma else ()
         turn_query.launch(
             (rows * heads,),
             *(digits.view(torch.int8), own.view(torch.float16), factors, query, weight),
@@ -315,13 +316,13 @@ def _plain(dim: int, group: int, page: int, plan: Plan, overlap: bool) -> dict[s
 _turn_tables: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def _turns(rule: KeyRule) -> Tensor:
-    """float16 [positions, 2, pairs]: cosines and sines; made at the first call for a rule."""
-    found: Tensor | None = _turn_tables.get(rule.cosines)
-    if found is None:
-        found = torch.stack((rule.cosines, rule.sines), 1).half()
-        _turn_tables[rule.cosines] = found
-    return found
+def _turns(rule: KeyRule, by_mma: bool) -> Tensor:
+    """Cosines and sines in float16, [positions, 2, pairs], or as `decode_mma` wants them."""
+    found: dict[bool, Tensor] = _turn_tables.setdefault(rule.cosines, {})
+    if by_mma not in found:
+        tables = torch.stack((rule.cosines, rule.sines), 1).half()
+        found[by_mma] = together(tables) if by_mma and rule.cosines.numel() else tables
+    return found[by_mma]
 
 
 def _heads_and_page(cache: NarrowCache | PlainCache) -> tuple[int, int]:
