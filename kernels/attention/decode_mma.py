@@ -58,8 +58,8 @@ _COPY = gl.constexpr(gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0]))
 _COPIED = gl.constexpr(gl.SliceLayout(1, _COPY.value))
 _ANGLES = gl.constexpr(
     gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [0, 4], [0, 8], [8, 0]],
-        lane_bases=[[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]],
+        reg_bases=[[0, 1], [0, 2], [0, 4], [0, 32], [8, 0]],
+        lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
         warp_bases=[[16, 0], [32, 0]],
         block_bases=[],
         shape=[64, 64],
@@ -101,10 +101,10 @@ _TURN = gl.constexpr(_turning())
 def together(tables: Tensor) -> Tensor:
     """Cosines and sines [positions, 2, pairs] with those next to each other that a thread reads.
 
-    [positions, pairs / 32, 4 threads, cosines and sines, 4, 2], as products' sums lie in registers.
+    [positions, pairs / 32, cosines and sines, 4 threads, 4, 2], as products' sums lie in registers.
     """
     apart: Tensor = tables.unflatten(2, (-1, 4, 4, 2))
-    return apart.permute(0, 2, 4, 1, 3, 5).contiguous()
+    return apart.permute(0, 2, 1, 4, 3, 5).contiguous()
 
 
 @gluon.constexpr_function
@@ -210,7 +210,7 @@ def _about(
 def _turns_of(angles):
     """(cosines, sines), [TILE, 32] each, of angles as `together` puts them."""
     ROWS: gl.constexpr = angles.shape[0]
-    apart = gl.permute(gl.reshape(angles, [ROWS, 4, 2, 4, 2]), [0, 3, 1, 4, 2])
+    apart = gl.permute(gl.reshape(angles, [ROWS, 2, 4, 4, 2]), [0, 3, 2, 4, 1])
     cosines, sines = gl.split(gl.reshape(apart, [ROWS, _PART, 2]))
     cosines = gl.convert_layout(cosines, _MMA, assert_trivial=True)
     return cosines, gl.convert_layout(sines, _MMA, assert_trivial=True)
@@ -497,19 +497,19 @@ def _decode_mma(
     for _ in gl.static_range(DIM // ROWS):
         totals = totals + (gl.zeros([ROWS, _HEADS], gl.float32, _MMA),)
     for step in range(0, steps):
-        slot = step % 2
+        row_more, key_scale, value_scale, turn = _about(
+            *(second, scales, turns, row_page, row_key, kv_heads, kv_head),
+            *(SIDES, PAIRS, PAGE),
+        )
+        async_copy.wait_group(0)
+        # Nobody reads any more what the next step's codes are written over.
         barrier()
+        slot = step % 2
         going = step + 1 < steps
         _copy(
             *(buffers, 1 - slot, codes, more_codes, second, page, key, copied),
             *(step + 1 >= whole, going, kv_heads, kv_head, DIM, SIDES, PAGE),
         )
-        row_more, key_scale, value_scale, turn = _about(
-            *(second, scales, turns, row_page, row_key, kv_heads, kv_head),
-            *(SIDES, PAIRS, PAGE),
-        )
-        async_copy.wait_group(1)
-        barrier()
         own_codes = buffers.index(slot * SIDES)
         scores = _scores(own_codes, asked, mine, weights, turn, rates, plus, minus, PAIRS)
         key_unit = key_scale.to(gl.float32)
