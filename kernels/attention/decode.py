@@ -5,9 +5,11 @@ offsets[b] - window < j <= offsets[b]. Time is that of reading keys and values, 
 that share a key are rows of one product. A program has a share of a sequence's keys for one of its
 key heads (flash decoding); `splits` has what comes before and after.
 
+On NVIDIA's cards 8 bits are multiplied by `decode_mma`, and all else by `decode_tiles`.
+
 Narrow keys stay turned. With q' = f (q1 + q2 / 254) and x' = s c, the score is f s (q1 c + q2 c /
-254), sums of whole numbers; out' = sum of p s c, with p s in float16 under a running maximum of it,
-so that scales never touch codes. A second digit costs the same again, in tiles that have one.
+254), sums of whole numbers; out' = sum of p s c, with p s rounded under a running maximum of it, so
+that scales never touch codes. A second digit costs the same again, in steps that have one.
 
 Where keys are made of values, the columns that RoPE does not turn are scored as they are (k_norm's
 weight is in q'); the 2 P others are turned back by a product with signs, weighted, turned by RoPE
@@ -28,27 +30,27 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import KernelInputError
 from ..launching.launch import Kernel, Variant
-from ..launching.targets import ALL, NVIDIA, Target, target_of
+from ..launching.targets import ALL, KIB, NVIDIA, Target, target_of
 from ..sparse_gemv import overlaps
 from ..workspace import PARTIALS, workspace
 from .cache import KeyRule, KVFormat, NarrowCache
-from .decode_mma import HEADS, LISTED, WARPS, decode_mma, together
+from .decode_mma import decode_mma
 from .decode_tiles import decode_narrow, decode_plain
-from .splits import join_splits, shape_of, turn_query
+from .mma_layouts import HEADS, WARPS
+from .mma_rows import LISTED, together
+from .splits import join_splits, shape_of, splits_of, turn_query
 from .store import SHIPPED
 
 PlainCache = tuple[Tensor, Tensor]
 """Keys and values, [pages, page_size, kv_heads, head_dim] each, bfloat16 or float16."""
 EVERYTHING = 1 << 30
 """The window of layers without one."""
-MOST_SPLITS = 128
 _LIFTED = 2.0**-14
 """Takes back `decode_tiles.LIFT`."""
+_LISTED: int = LISTED.value
 _PAGE = 16
 """Tokens of a page, in the bundle."""
 _SUMS = ("*fp32", "*fp32")
-_START = 96
-"""Keys that a program could read in the time that it needs to start and to end."""
 _QUERIES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -63,6 +65,8 @@ class Plan(NamedTuple):
     stages: int
     programs: int
     """On a processor at the same time."""
+    registers: int | None = None
+    """Of a thread at most, so that as many programs fit; None for any number."""
 
 
 def plan_of(width: int) -> Plan:
@@ -103,13 +107,13 @@ def _narrow_variants(
     yield Variant(turn_query, asked, head, targets=targets, options=options)
     pages = ("*i8", "*bf16", "*i32", "*i8", "*bf16", *["*i64"] * 2)
     types = (*_SUMS, *query, *pages, weight, turns, *["i32"] * 4)
-    kernel, plan, constants = _program(form, 16, _PAGE, overlap, nvidia=False)
+    kernel, plan, constants = _program(form, 16, _PAGE, overlap)
     yield Variant(kernel, types, constants, plan.warps, plan.stages, targets, options)
-    kernel, plan, constants = _program(form, HEADS, _PAGE, overlap, nvidia=True)
-    those = tuple(target for target in targets if target in NVIDIA)
-    if kernel is decode_mma and those:
-        types = (*_SUMS, "*i32", *types[len(_SUMS) :])
-        yield Variant(kernel, types, constants, plan.warps, plan.stages, those, options)
+    types = (*_SUMS, "*i32", *types[len(_SUMS) :])
+    for target in filter(targets.__contains__, NVIDIA if _fits_mma(form, HEADS.value) else ()):
+        kernel, plan, constants = _program(form, HEADS.value, _PAGE, overlap, target)
+        limited = _options(overlap, plan.registers)
+        yield Variant(kernel, types, constants, plan.warps, plan.stages, (target,), limited)
     yield _joining({**head, "TURNED": True}, overlap, targets)
 
 
@@ -124,20 +128,6 @@ def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 2
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-@lru_cache(maxsize=4096)
-def splits_of(slots: int, units: int, keys: int, room: int) -> int:
-    """Programs that share the `keys` of each of `units` (sequence, key head).
-
-    `slots` programs run at the same time, and `room` is the most. The fewest rounds of programs
-    count, times what each has to do.
-    """
-
-    def time(splits: int) -> float:
-        return -(-units * splits // slots) * (keys / splits + _START)
-
-    return min(range(1, max(1, min(room, MOST_SPLITS, keys // 64)) + 1), key=time)
 
 
 def decode(
@@ -190,24 +180,25 @@ def _decode(
     target = target_of(query.get_device()) if query.is_cuda else None
     overlap = target is not None and overlaps(target)
     if isinstance(cache, NarrowCache):
-        nvidia = target is not None and target.vendor == "nvidia"
-        kernel, plan, constants = _program(cache.format, group, page, overlap, nvidia)
+        kernel, plan, constants = _program(cache.format, group, page, overlap, target)
     else:
         kernel, plan = decode_plain, plan_of(dim)
         constants = _plain(dim, group, page, plan, overlap)
     keys = tables.shape[1] * page if window is None else min(tables.shape[1] * page, window)
     space = workspace(query.device)[0]
     spare = 0 if not narrow else rows * heads * (dim + 2)
-    room = (len(space) - spare) // (rows * (heads * (dim + 2) + kv_heads * LISTED))
-    splits = splits_of(plan.programs * _processors(query.device), rows * kv_heads, keys, room)
+    room = (len(space) - spare) // (rows * (heads * (dim + 2) + kv_heads * _LISTED))
+    slots = plan.programs * _processors(query.device)
+    splits = splits_of(slots, rows * kv_heads, keys, room, plan.tile)
     sums, space = _cut(space, rows * heads * splits * dim)
     marks, space = _cut(space, rows * heads * splits * 2)
     numbers = (tables.shape[1], kv_heads, group, window or EVERYTHING)
     grid, options = (rows * kv_heads, splits), _options(overlap)
+    own_options = _options(overlap, plan.registers)
     if isinstance(cache, NarrowCache):
         form, pool = cache.format, cache.overflow
         by_mma = kernel is decode_mma
-        weight, turns = (None, None) if rule is None else (rule.weight, _turns(rule, by_mma))
+        weight, turns = (rule.weight, _turns(rule, by_mma)) if rule else (None, None)
         digits, space = _cut(space, rows * heads * dim // 2)
         factors, space = _cut(space, rows * heads * 2)
         own, space = _cut(space, rows * heads * (form.pairs or 0))
@@ -226,7 +217,7 @@ def _decode(
             constants=constants,
             warps=plan.warps,
             stages=plan.stages,
-            options=options,
+            options=own_options,
         )
         ending = {**_head(form, overlap), "TURNED": True}
     else:
@@ -236,7 +227,7 @@ def _decode(
             constants=constants,
             warps=plan.warps,
             stages=plan.stages,
-            options=options,
+            options=own_options,
         )
         ending = _plain_head(dim, overlap)
     join_splits.launch(
@@ -249,6 +240,8 @@ def _decode(
 
 _AT_ONCE = 16
 """Splits that are loaded together."""
+_MMA_SHARED = 75 * KIB
+"""Shared memory of a program by `mma` of heads of 512 numbers, or of half as many of two sides."""
 
 
 def _cut(space: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -256,8 +249,9 @@ def _cut(space: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return space[:count], space[-(-count // 4) * 4 :]
 
 
-def _options(overlap: bool) -> dict[str, bool]:
-    return {"launch_pdl": True} if overlap else {}
+def _options(overlap: bool, registers: int | None = None) -> dict[str, int]:
+    limit = {} if registers is None else {"maxnreg": registers}
+    return {"launch_pdl": True, **limit} if overlap else limit
 
 
 def _head(form: KVFormat, overlap: bool) -> dict[str, Any]:
@@ -275,14 +269,19 @@ def _rows(group: int) -> int:
 
 
 def _program(
-    form: KVFormat, group: int, page: int, overlap: bool, nvidia: bool
+    form: KVFormat, group: int, page: int, overlap: bool, target: Target | None = None
 ) -> tuple[Kernel, Plan, dict[str, Any]]:
-    """Which kernel reads narrow pages for `group` heads a key head, and its constants."""
-    if not (nvidia and _fits_mma(form, group)):
+    """Which kernel reads narrow pages for `group` heads a key head, and its constants.
+
+    `target` is what it runs on: None for any.
+    """
+    if target is None or target.vendor != "nvidia" or not _fits_mma(form, group):
         plan = plan_of(form.width)
         return decode_narrow, plan, _narrow(form, group, page, plan, overlap)
     pairs = form.pairs or 0
-    plan = Plan(64, 2 * pairs or min(form.head_dim, 128), WARPS, 1, 2)
+    programs = max(1, target.shared_memory // _MMA_SHARED)
+    registers = 168 if programs == 3 else None
+    plan = Plan(64, 2 * pairs or min(form.head_dim, 128), WARPS.value, 1, programs, registers)
     constants = {
         **{"DIM": form.head_dim, "SIDES": form.sides, "PAIRS": pairs, "CHUNK": plan.chunk},
         **{"PAGE": page, "TILE": plan.tile, "OVERLAP": overlap},
@@ -293,7 +292,7 @@ def _program(
 def _fits_mma(form: KVFormat, group: int) -> bool:
     """Whether `decode_mma` reads such pages: its registers and shared memory have room for them."""
     sizes = form.head_dim in (128, 256, 512) and form.sides * form.head_dim <= 512
-    return form.bits == 8 and group <= HEADS and sizes and form.pairs in (None, 0, 32, 64)
+    return form.bits == 8 and group <= HEADS.value and sizes and form.pairs in (None, 0, 32, 64)
 
 
 def _narrow(form: KVFormat, group: int, page: int, plan: Plan, overlap: bool) -> dict[str, Any]:
@@ -333,7 +332,7 @@ def _heads_and_page(cache: NarrowCache | PlainCache) -> tuple[int, int]:
 
 def _most_rows(heads: int, dim: int) -> int:
     """Sequences that the workspace has room for; a power of two, so that slices are aligned."""
-    most = PARTIALS // (heads * (2 * dim + 4 + LISTED))
+    most: int = PARTIALS // (heads * (2 * dim + 4 + _LISTED))
     return 1 << (most.bit_length() - 1)
 
 

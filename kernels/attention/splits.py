@@ -14,6 +14,8 @@ product of one of R and one of C, which takes R + C additions a number. `turn_qu
 and writes two bytes for each; `join_splits` reads splits (D + 2) float32, and writes D numbers.
 """
 
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 
@@ -22,6 +24,9 @@ from ..launching.launch import Kernel
 DIGIT = tl.constexpr(254.0)
 """Second digits of a query count one in this."""
 LOG2E = tl.constexpr(1.4426950408889634)
+MOST_SPLITS = 128
+_START = 96
+"""Keys that a program could read in the time that it needs to start and to end."""
 
 
 @triton.jit
@@ -184,3 +189,18 @@ def shape_of(head_dim: int, block: int) -> dict[str, int]:
         "R": block // columns,
         "C": columns,
     }
+
+
+@lru_cache(maxsize=4096)
+def splits_of(slots: int, units: int, keys: int, room: int, tile: int) -> int:
+    """Programs that share the `keys` of each of `units` (sequence, key head).
+
+    `slots` programs run at the same time, and `room` is the most. The fewest rounds of programs
+    count, times what each has to do, in steps of `tile` keys.
+    """
+    tiles = -(-keys // tile)
+
+    def time(splits: int) -> int:
+        return -(-units * splits // slots) * (-(-tiles // splits) * tile + _START)
+
+    return min(range(1, max(1, min(room, MOST_SPLITS, keys // 64)) + 1), key=time)
