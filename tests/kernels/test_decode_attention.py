@@ -11,6 +11,7 @@ from conclave.kernels.attention import decode as module
 from conclave.kernels.attention.cache import KeyRule, KVFormat, NarrowCache, Overflow
 from conclave.kernels.attention.decode import decode
 from conclave.kernels.attention.reference import attention, store
+from conclave.kernels.attention.splits import splits_of
 from conclave.kernels.errors import KernelInputError
 from conclave.kernels.reference import paged_attention, plan_pages
 
@@ -215,12 +216,12 @@ def test_refuses_a_rule_that_does_not_fit(device: torch.device) -> None:
 
 
 def test_splits_fill_the_processors() -> None:
-    assert module.splits_of(264, 32, 32768, 1000, 32) == 8
-    assert module.splits_of(396, 32, 32768, 1000, 64) == 12
-    assert module.splits_of(264, 512, 1024, 1000, 32) == 1
-    assert module.splits_of(264, 4, 32768, 3, 32) == 3
+    assert splits_of(264, 32, 32768, 1000, 32) == 8
+    assert splits_of(396, 32, 32768, 1000, 64) == 12
+    assert splits_of(264, 512, 1024, 1000, 32) == 1
+    assert splits_of(264, 4, 32768, 3, 32) == 3
 
 
 def test_splits_are_whole_steps() -> None:
     """Of 1,024 steps 66 programs would have 16 at most, as 64 have."""
-    assert module.splits_of(264, 4, 32768, 1000, 32) == 64
+    assert splits_of(264, 4, 32768, 1000, 32) == 64
