@@ -74,7 +74,7 @@ def main() -> None:
     """Make, compress, kill, compare, write down."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dry", action="store_true", help="tiny sizes; write no result")
-    parser.add_argument("--kills", type=int, default=KILLS, help="of the second run")
+    parser.add_argument("--kills", type=int, default=KILLS, help="of the second run; 0: no second run")
     parser.add_argument("--out", type=Path, help="a folder that gets a copy of what is written")
     parser.add_argument("--run", nargs=2, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -142,14 +142,15 @@ def measure(source: Path, folder: Path, kills: int) -> dict[str, Any]:
     with Watch() as watch:
         done = compress(source, folder / "whole")
     layers = [later - earlier for earlier, later in pairwise(done)][:-1]
+    console.print(f"peak {watch.peak_gib} GiB")
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     with ThreadPoolExecutor(AT_ONCE) as pool:
         shares = [kills // AT_ONCE + (number < kills % AT_ONCE) for number in range(AT_ONCE)]
-        folders = [folder / f"killed-{number}" for number in range(AT_ONCE)]
+        folders = [folder / f"killed-{number}" for number, share in enumerate(shares) if share]
         runs = [
             pool.submit(kill_and_go_on, source, target, share, done[-1] / 3, number)
-            for number, (target, share) in enumerate(zip(folders, shares, strict=True))
+            for number, (target, share) in enumerate(zip(folders, shares, strict=False))
         ]
         killed = sum(run.result() for run in runs)
     whole = digests(folder / "whole")
@@ -162,7 +163,7 @@ def measure(source: Path, folder: Path, kills: int) -> dict[str, Any]:
         "seconds_of_the_rest": round(done[-1] - done[-2], 2),
         "hours_of_60_layers": round(LAYERS * sum(layers) / len(layers) / 3600, 3),
         "killed": killed,
-        "same_bytes": all(digests(target) == whole for target in folders),
+        "same_bytes": all(digests(target) == whole for target in folders) if folders else None,
     }
 
 
