@@ -74,7 +74,9 @@ def main() -> None:
     """Make, compress, kill, compare, write down."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dry", action="store_true", help="tiny sizes; write no result")
-    parser.add_argument("--kills", type=int, default=KILLS, help="of the second run; 0: no second run")
+    parser.add_argument(
+        "--kills", type=int, default=KILLS, help="of the second run; 0: no second run"
+    )
     parser.add_argument("--out", type=Path, help="a folder that gets a copy of what is written")
     parser.add_argument("--run", nargs=2, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
