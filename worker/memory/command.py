@@ -22,12 +22,13 @@ from ..model.storage import Storage, storage_of
 from ..narrow import expected_token_bytes
 from ..weights import blank_decoder
 from .device import memory_of
-from .forecast import H100, Rates, balance, forecast
+from .forecast import H100, Rates, balance, computing, forecast
 from .measured import measured_rates
 from .pictures import draw
 from .plan import plan_memory
 from .report import Outlook, as_json, tables
 from .shapes import NAMES, shape_of
+from .timeline import chrome_trace, play
 
 STEPS = (1, 8, 32, 512, 2048)
 _DTYPE = torch.bfloat16
@@ -57,6 +58,9 @@ def plan(
     compute_rate: Annotated[float | None, typer.Option(help="TFLOP/s of products")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
     plot: Annotated[Path | None, typer.Option(help="file for a picture")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="file for the steps' timelines, a Chrome trace")
+    ] = None,
 ) -> None:
     """Tell which layers would stay on a GPU, which are streamed, and how long steps would take."""
     knobs = {
@@ -73,6 +77,8 @@ def plan(
         outlook = _outlook(config, shape, tokens or STEPS, given)
         if plot is not None:
             _draw(outlook, plot)
+        if trace is not None:
+            trace.write_text(json.dumps(chrome_trace(outlook.timelines)))
     if json_output:
         json.dump(as_json(outlook), sys.stdout)
     else:
@@ -101,8 +107,14 @@ def _outlook(
     times = tuple(
         forecast(model, storage, found.residency, found.ahead, each, rates) for each in steps
     )
+    timelines = {
+        f"{each} tokens": play(
+            *computing(model, storage, each, rates), found.residency, rates.link, found.ahead > 0
+        )
+        for each in steps
+    }
     even = balance(model, storage, found.residency, rates)
-    return Outlook(found, rates, measured, times, even)
+    return Outlook(found, rates, measured, times, even, timelines)
 
 
 def _sizes(config: EngineConfig, name: str | None) -> tuple[ModelConfig, Storage]:

@@ -1,8 +1,8 @@
 """How long a step takes on a device whose rates are known, and what limits it: arithmetic alone.
 
 A step reads the stored weights once, multiplies by them for every token, and waits for what is
-streamed. What it gave up: attention over long contexts and the cache's own reading, so a step of
-many tokens in long contexts takes longer.
+streamed (`timeline` tells when). What it gave up: attention over long contexts and the cache's own
+reading, so a step of many tokens in long contexts takes longer.
 """
 
 from dataclasses import dataclass
@@ -70,11 +70,21 @@ def forecast(
     tokens: int,
     rates: Rates,
 ) -> Forecast:
-    """One step of so many tokens, of which few are scored: a head in bfloat16 is read once."""
+    """One step of so many tokens."""
+    layers, head = computing(model, storage, tokens, rates)
+    return Forecast(tokens, head + sum(layers), residency.copied / rates.link, ahead > 0)
+
+
+def computing(
+    model: ModelConfig, storage: Storage, tokens: int, rates: Rates
+) -> tuple[list[float], float]:
+    """Seconds of each layer, weights at hand, and of the head, in bfloat16 and read once.
+
+    So few of the tokens are scored.
+    """
     layers = zip(model.layers, storage.layers, strict=True)
     head = 2 * model.vocab_size * model.hidden_size / rates.memory
-    compute = head + sum(_seconds(*each, tokens, rates) for each in layers)
-    return Forecast(tokens, compute, residency.copied / rates.link, ahead > 0)
+    return [_seconds(*each, tokens, rates) for each in layers], head
 
 
 def balance(

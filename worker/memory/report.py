@@ -9,6 +9,7 @@ from rich.table import Table
 
 from .forecast import Forecast, Rates
 from .plan import Plan, gib
+from .timeline import Timeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,8 @@ class Outlook:
     steps: tuple[Forecast, ...]
     balance: int | None
     """Tokens of a step at which computing takes as long as copying."""
+    timelines: dict[str, Timeline]
+    """Of the steps, in their order."""
 
 
 def as_json(outlook: Outlook) -> dict[str, Any]:
@@ -41,7 +44,10 @@ def as_json(outlook: Outlook) -> dict[str, Any]:
         "layers_ahead": plan.ahead,
         "balance_tokens": outlook.balance,
         "rates": {**asdict(outlook.rates), "measured": outlook.measured},
-        "steps": [_step(each) for each in outlook.steps],
+        "steps": [
+            _step(each) | {"waited_seconds": timeline.waited}
+            for each, timeline in zip(outlook.steps, outlook.timelines.values(), strict=True)
+        ],
     }
 
 

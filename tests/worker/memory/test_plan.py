@@ -129,9 +129,15 @@ def run(*arguments: str) -> Any:
 def test_the_command_tells_and_draws(tmp_path: Path) -> None:
     picture = tmp_path / "plan.png"
     options = ("--weight-bits", "4", "--memory-budget", "16", "--max-sequences", "8")
-    result = run("--shape", "31b", *options, "--link", "50", "--json", "--plot", str(picture))
+    trace = tmp_path / "trace.json"
+    files = ("--plot", str(picture), "--trace", str(trace))
+    result = run("--shape", "31b", *options, "--link", "50", "--json", *files)
     assert result.exit_code == 0 and picture.stat().st_size > 1000
     told = json.loads(result.stdout)
+    lanes = {event.get("cat") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {"compute", "copies", "waiting"} <= lanes
+    for step in told["steps"]:
+        assert step["compute_seconds"] + step["waited_seconds"] >= 0.999 * step["seconds"]
     assert told["copied_bytes"] > 0 and len(told["streamed"]) > told["slots"] == 3
     first = told["steps"][0]
     assert first["tokens"] == 1 and first["limit"] == "link"
