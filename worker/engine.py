@@ -12,8 +12,9 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -23,6 +24,7 @@ from .errors import Cancelled, ConclaveError, InvalidRequest, Overloaded, Unavai
 from .load import Load
 from .loading import Progress, load_model
 from .loop import EngineLoop
+from .memory.recorder import StepRecorder
 from .requests.completion import Completion, Score, Stream
 from .requests.events import Made, Request
 from .requests.intake import Intake, Prompt
@@ -191,6 +193,27 @@ class Engine:
         failure = error or Cancelled("the caller gave the request up")
         self._commands.put(lambda: self._loop.fail(request_id, failure))
 
+    @contextmanager
+    def recorded(self) -> Iterator[StepRecorder]:
+        """Record what computes, copies and waits in the steps meanwhile.
+
+            with engine.recorded() as recording:
+                engine.generate("Once upon a time")
+            path.write_text(json.dumps(chrome_trace({"steps": recording.timeline})))
+
+        Steps take a little longer. Raises Unavailable if the engine is closed.
+        """
+        runner = self.model.runner
+        recorder = StepRecorder(runner.decoder, runner.stream, runner.device)
+        self._between_steps(recorder.begin)
+        try:
+            yield recorder
+        finally:
+            try:
+                self._between_steps(recorder.end)
+            except Unavailable:  # closed meanwhile, so there are no more steps
+                recorder.end()
+
     def warm_up(self) -> None:
         """Run one short generation, so that the first caller does not pay for first-time work."""
         room = min(self.config.max_step_tokens + 1, self.intake.limits.max_context - 2)
@@ -217,6 +240,22 @@ class Engine:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _between_steps(self, action: Callable[[], None]) -> None:
+        """Done by the engine's thread, before this returns."""
+        done = threading.Event()
+
+        def act() -> None:
+            try:
+                action()
+            finally:
+                done.set()
+
+        with self._admission:
+            if self._closed:
+                raise Unavailable("the engine is closed")
+            self._commands.put(act)
+        done.wait()
 
     def _continue(self, continuation: str | Items[int]) -> list[int]:
         if isinstance(continuation, str):

@@ -14,6 +14,8 @@ Hooks on the layers start all this, so a decoder knows nothing of it. What it ga
 pieces, which a demand could overtake, and layers whose parts stay.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +28,7 @@ from ..model.storage import aligned
 from .host import HostBlock
 from .residency import Residency
 from .stalls import StallClock
+from .timeline import Lane
 
 POISON = 0xFF
 """A byte of which every float is NaN."""
@@ -105,6 +108,8 @@ class LayerStream:
             self._copies = torch.cuda.Stream(device)
         self._stalls = StallClock(device)
         self._copied = 0
+        self.watch: Callable[[Lane, int], AbstractContextManager[None]] | None = None
+        """Put around copies and waiting, with the layer; see `recorder`."""
 
     def take(self, decoder: Decoder, layer: int) -> None:
         """Move a layer's large weights to the host, if it is streamed; layers come in order.
@@ -178,7 +183,7 @@ class LayerStream:
     def acquire(self, position: int) -> None:
         """Called before a streamed layer: its weights are in place for what comes on the stream."""
         slot = self._slots[position % len(self._slots)]
-        with self._stalls.waiting():
+        with self._watched("waiting", position), self._stalls.waiting():
             if slot.layer != position:  # on demand, or after a step that failed
                 self._fill(position)
             self._await(slot)
@@ -200,16 +205,23 @@ class LayerStream:
         slot = self._slots[position % len(self._slots)]
         target = slot.memory[: len(block)]
         if self._copies is None:
-            target.copy_(block, non_blocking=True)
+            with self._watched("copies", position):
+                target.copy_(block, non_blocking=True)
         else:
             with torch.cuda.stream(self._copies):
                 self._copies.wait_event(slot.free)
-                target.copy_(block, non_blocking=True)
+                with self._watched("copies", position):
+                    target.copy_(block, non_blocking=True)
                 slot.ready.record()
             slot.arriving = True
         slot.layer = position
         if not self._capturing():
             self._copied += len(block)
+
+    def _watched(self, lane: Lane, position: int) -> AbstractContextManager[None]:
+        if self.watch is None or self._capturing():
+            return nullcontext()
+        return self.watch(lane, self.residency.streamed[position])
 
     def _await(self, slot: _Slot) -> None:
         if slot.arriving:
