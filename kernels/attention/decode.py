@@ -186,7 +186,8 @@ def _decode(
         constants = _plain(dim, group, page, plan, overlap)
     keys = tables.shape[1] * page if window is None else min(tables.shape[1] * page, window)
     space = workspace(query.device)[0]
-    spare = 0 if not narrow else rows * heads * (dim + 2)
+    # What is cut off is aligned, so a little more than its sizes.
+    spare = 64 + (rows * heads * (dim + 2) if narrow else 0)
     room = (len(space) - spare) // (rows * (heads * (dim + 2) + kv_heads * _LISTED))
     slots = plan.programs * _processors(query.device)
     splits = splits_of(slots, rows * kv_heads, keys, room, plan.tile)
