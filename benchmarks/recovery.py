@@ -1,0 +1,233 @@
+"""How good are the shipped models, compressed and recovered, against the best dense ones?
+
+Trains first, as many jobs side by side as there are GPUs: `recover-NAME` compresses a model of
+`examples/models` and trains what is left, taught by all three; `control-NAME` trains a dense one
+afresh for as many tokens as both trainings had, as the original may be better with more. Then all
+are scored on all held-out documents. A ratio is that of a recovered model's perplexity and the
+least of a dense one of its shape. WORK is what `python -m examples.train_model corpus` and `encode`
+have made. Given up: more than one seed.
+"""
+
+import argparse
+import json
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from conclave.worker.compress.interchange.exporter import export_checkpoint
+from conclave.worker.compress.quality.report import stored_weights
+from examples.debian_model.checkpoint import load_model
+from examples.debian_model.corpus import HELD_OUT
+from examples.debian_model.encoding import Encoded
+from examples.debian_model.scoring import Score, score
+from examples.debian_model.shapes import SHAPES, ShapeName
+
+from .records import HEADLINE, write_headline, write_result
+
+MODELS = Path("examples/models")
+EPOCHS = {"debian-8m": 28.0, "debian-ple-8m": 24.0, "debian-moe-8m": 17.0}
+"""Of recovery: what an H100 does in some eight minutes."""
+KINDS = {
+    "debian-8m": ShapeName.DENSE,
+    "debian-ple-8m": ShapeName.PLE,
+    "debian-moe-8m": ShapeName.MOE,
+}
+FEWEST = 2000
+"""Held-out tokens of a language that is judged by itself."""
+SECONDS = 570.0
+console = Console(stderr=True)
+Scores = Mapping[str, Score]
+"""By language, and `overall`."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training."""
+
+    name: str
+    command: Sequence[str]
+
+
+def main() -> None:
+    """Train, judge, write down."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("work", type=Path, help="folder with the encoded text")
+    parser.add_argument("models", type=Path, help="folder for what is trained, or what was before")
+    parser.add_argument("--job", action="append", help="train this one alone; repeatable")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="jobs end by then")
+    parser.add_argument("--share", type=float, default=1.0, help="of the epochs")
+    parser.add_argument("--judge", action="store_true", help="train nothing")
+    parser.add_argument("--out", type=Path, help="a folder that gets a copy of what is written")
+    options = parser.parse_args()
+    if not options.judge:
+        jobs = jobs_of(options.work, options.models, options.share)
+        chosen = [job for job in jobs if job.name in (options.job or [each.name for each in jobs])]
+        if not chosen:
+            parser.error(f"no such job; there are {', '.join(job.name for job in jobs)}")
+        options.models.mkdir(parents=True, exist_ok=True)
+        gpus = [str(index) for index in range(torch.cuda.device_count())] or [""]
+        side_by_side(chosen, gpus, options.seconds, options.models)
+    rows = judge(options.work, options.models)
+    for row in rows:
+        console.print_json(json.dumps(row))
+    save(rows, options.out)
+
+
+def jobs_of(work: Path, target: Path, share: float) -> list[Job]:
+    """Recoveries first, the longest of them first."""
+    route = (sys.executable, "-m", "examples.train_model")
+    recoveries, controls = [], []
+    for name, epochs in EPOCHS.items():
+        teachers = [f"--teacher={MODELS / other}" for other in EPOCHS if other != name]
+        more = f"--epochs={share * epochs}", f"--work={work}"
+        recover = (*route, "compress", str(MODELS / name), str(target / name), *more, *teachers)
+        recoveries.append(Job(f"recover-{name}", recover))
+        shape = SHAPES[KINDS[name]]
+        both = share * (shape.recipe.epochs + epochs)
+        folder = target / f"control-{name}"
+        train = (*route, "train", f"--shape={KINDS[name].value}", f"--work={work}")
+        controls.append(Job(folder.name, (*train, f"--model={folder}", f"--epochs={both}")))
+    return recoveries + controls
+
+
+def side_by_side(jobs: Sequence[Job], gpus: Sequence[str], seconds: float, logs: Path) -> None:
+    """Run jobs, one at a time on each GPU; those that are not done in time are ended.
+
+    What a job prints is in `logs`/NAME.log, with how it ended.
+    """
+    waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
+    for job in jobs:
+        waiting.put(job)
+    end = time.monotonic() + seconds
+
+    def work(gpu: str) -> None:
+        while not waiting.empty() and time.monotonic() < end:
+            try:
+                job = waiting.get_nowait()
+            except queue.Empty:
+                return
+            how = _run(job, gpu, end - time.monotonic(), logs / f"{job.name}.log")
+            console.print(f"{job.name} on GPU {gpu or '(none)'}: {how}", markup=False)
+
+    threads = [threading.Thread(target=work, args=(gpu,)) for gpu in gpus]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def _run(job: Job, gpu: str, seconds: float, log: Path) -> str:
+    """How it ended."""
+    began = time.monotonic()
+    with log.open("w") as file:
+        try:
+            done = subprocess.run(
+                job.command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu, "PYTHONUNBUFFERED": "1"},
+                timeout=seconds,
+            )
+            how = "done" if done.returncode == 0 else f"failed, status {done.returncode}"
+        except subprocess.TimeoutExpired:
+            how = "ended, as its time was over"
+        told = f"{how} after {time.monotonic() - began:.0f} s"
+        file.write(told + "\n")
+    return told
+
+
+def judge(work: Path, folder: Path) -> list[dict[str, Any]]:
+    """A row for each recovered model that there is."""
+    held_out = Encoded.load(work / f"{HELD_OUT}.npz")
+    rows = []
+    for name in EPOCHS:
+        if not (folder / name / "conclave.json").exists():
+            continue
+        candidates = [MODELS / name, folder / f"control-{name}"]
+        dense = {
+            str(each): _scores(each, held_out)
+            for each in candidates
+            if (each / "model.safetensors").exists()
+        }
+        recovered = _scores(folder / name, held_out)
+        one_shot = _scores(folder / f"{name}-one-shot", held_out)
+        weights = [each for each in stored_weights(folder / name) if each.layer is not None]
+        row = verdict(name, recovered, one_shot, dense)
+        pruned = sum(each.weights * each.sparsity for each in weights)
+        rows.append(row | {"pruned": pruned, "weights": sum(each.weights for each in weights)})
+    return rows
+
+
+def _scores(folder: Path, held_out: Encoded) -> Scores:
+    """Of a dense or compressed checkpoint, in float32."""
+    budget = 65_536 if torch.cuda.is_available() else 4_096
+    with tempfile.TemporaryDirectory() as temporary:
+        plain = folder
+        if (folder / "conclave.json").exists():
+            plain = Path(temporary) / "plain"
+            export_checkpoint(folder, plain, "dense", exact=True)
+        model = load_model(plain)
+    return score(model.to("cuda" if torch.cuda.is_available() else "cpu"), held_out, budget)
+
+
+def verdict(
+    name: str, recovered: Scores, one_shot: Scores, dense: Mapping[str, Scores]
+) -> dict[str, Any]:
+    """Perplexities, and their ratios to those of the dense model that is best overall."""
+    best = min(dense, key=lambda each: _perplexity(dense[each], "overall"))
+    ratios = {
+        language: _perplexity(recovered, language) / _perplexity(dense[best], language)
+        for language, own in recovered.items()
+        if own.tokens >= FEWEST or language == "overall"
+    }
+    worst = max((each for each in ratios if each != "overall"), key=ratios.__getitem__, default="")
+    return {
+        "model": name,
+        "perplexity": _perplexity(recovered, "overall"),
+        "one_shot_perplexity": _perplexity(one_shot, "overall"),
+        "dense_perplexity": {each: _perplexity(own, "overall") for each, own in dense.items()},
+        "best_dense": best,
+        "ratio": ratios["overall"],
+        "ratio_by_language": ratios,
+        "worst_language": worst,
+    }
+
+
+def _perplexity(scores: Scores, language: str) -> float:
+    return scores[language].figures()["perplexity"]
+
+
+def save(rows: Sequence[dict[str, Any]], out: Path | None) -> None:
+    """Write the rows, and the headline figures if no model and no control is missing."""
+    path = write_result("recovery", {"models": list(rows)})
+    whole = len(rows) == len(EPOCHS) and all(len(row["dense_perplexity"]) == 2 for row in rows)
+    if whole:
+        ratios = [row["ratio"] for row in rows]
+        write_headline("ppl_ratio", max(ratios), "ratio", (min(ratios), max(ratios)))
+        worst = [row["ratio_by_language"][row["worst_language"]] for row in rows]
+        write_headline("ppl_ratio_worst_language", max(worst), "ratio", (min(worst), max(worst)))
+        shares = [row["pruned"] / row["weights"] for row in rows]
+        average = sum(row["pruned"] for row in rows) / sum(row["weights"] for row in rows)
+        write_headline("sparsity_average", average, "fraction", (min(shares), max(shares)))
+    else:
+        console.print("no headline figures: a recovered model or a control is missing")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        for each in (path, HEADLINE):
+            shutil.copy(each, out)
+
+
+if __name__ == "__main__":
+    main()
