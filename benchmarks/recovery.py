@@ -38,7 +38,7 @@ from .records import HEADLINE, write_headline, write_result
 
 MODELS = Path("examples/models")
 EPOCHS = {"debian-8m": 28.0, "debian-ple-8m": 24.0, "debian-moe-8m": 17.0}
-"""Of recovery: what an H100 does in some eight minutes."""
+"""Of recovery: estimated as some eight minutes of an H100, never run; `--share` takes less."""
 KINDS = {
     "debian-8m": ShapeName.DENSE,
     "debian-ple-8m": ShapeName.PLE,
