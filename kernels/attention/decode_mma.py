@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from ..launching.launch import Kernel
 from ..workspace import barrier
-from .decode_tiles import LIFT, TINY
+from .decode_tiles import LIFT, TINY, share_of
 from .mma_layouts import (
     BYTES,
     BYTES_ON_SIDE,
@@ -86,10 +86,7 @@ def _decode_mma(
     split = gl.program_id(1)
     head = (gl.program_id(0) * group).to(gl.int64)
     offset = gl.load(offsets + batch).to(gl.int32)
-    low = gl.maximum(offset - window + 1, 0)
-    tiles = offset // TILE + 1 - low // TILE
-    begin = low // TILE + tiles * split // gl.num_programs(1)
-    end = low // TILE + tiles * (split + 1) // gl.num_programs(1)
+    begin, end, low = share_of(offset, window, TILE)
     tables += batch.to(gl.int64) * columns
 
     found = lists + (gl.program_id(0) * gl.num_programs(1) + split).to(gl.int64) * LISTED
