@@ -68,6 +68,7 @@ class Engine:
         self._idle = False
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._admission = threading.Lock()
+        self._recording = threading.Lock()
         self._open: dict[str, int] = {}  # sequences of each request, from submit to its last event
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -201,18 +202,23 @@ class Engine:
                 engine.generate("Once upon a time")
             path.write_text(json.dumps(chrome_trace({"steps": recording.timeline})))
 
-        Steps take a little longer. Raises Unavailable if the engine is closed.
+        Steps take a little longer. Raises Unavailable if the engine is closed, or recorded already.
         """
-        runner = self.model.runner
-        recorder = StepRecorder(runner.decoder, runner.stream, runner.device)
-        self._between_steps(recorder.begin)
+        if not self._recording.acquire(blocking=False):
+            raise Unavailable("the engine is being recorded; wait for that to end")
         try:
-            yield recorder
-        finally:
+            runner = self.model.runner
+            recorder = StepRecorder(runner.decoder, runner.stream, runner.device)
+            self._between_steps(recorder.begin)
             try:
-                self._between_steps(recorder.end)
-            except Unavailable:  # closed meanwhile, so there are no more steps
-                recorder.end()
+                yield recorder
+            finally:
+                try:
+                    self._between_steps(recorder.end)
+                except Unavailable:  # closed meanwhile, so there are no more steps
+                    recorder.end()
+        finally:
+            self._recording.release()
 
     def warm_up(self) -> None:
         """Run one short generation, so that the first caller does not pay for first-time work."""

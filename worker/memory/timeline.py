@@ -37,11 +37,11 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """One step."""
+    """One planned step, or all that were recorded."""
 
     seconds: float
     spans: tuple[Span, ...]
-    """Computing and waiting of the step, and the copies that were on the link during it."""
+    """Computing and waiting, and the copies that were on the link meanwhile."""
 
     def of(self, lane: Lane) -> list[Span]:
         """In order."""

@@ -64,6 +64,8 @@ def test_a_model_that_fits_has_no_copies(tiny_checkpoint: Checkpoint) -> None:
     with Engine(tiny_checkpoint("1"), **FEW) as engine:
         with engine.recorded() as recording:
             engine.generate(PROMPTS[0], max_tokens=1)
+            with pytest.raises(Unavailable, match="being recorded"), engine.recorded():
+                pass
         lanes = {
             event.get("cat") for event in chrome_trace({"": recording.timeline})["traceEvents"]
         }
