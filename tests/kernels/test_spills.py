@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import pytest
 
+from conclave.kernels.attention.decode import variants
+from conclave.kernels.attention.decode_mma import decode_mma
 from conclave.kernels.launching import bundle
 from conclave.kernels.launching.loader import Bundle
-from conclave.kernels.launching.targets import ALL
-from conclave.kernels.launching.variant import Variant
+from conclave.kernels.launching.targets import ALL, KIB
+from conclave.kernels.launching.variant import Variant, compile_variant, resources
 
 TARGETS = ("sm_89", "sm_90", "gfx1100", "gfx1201")
 WHOLE = ("sm_90", "gfx1201")
@@ -69,3 +71,17 @@ def test_nothing_spills(target: str, built: Bundle) -> None:
     assert {entry.kernel for entry in entries.values()} == EXPECTED[target]
     assert not {name: entry.spilled for name, entry in entries.items() if entry.spilled}
     assert not {name: entry.stack for name, entry in entries.items() if entry.stack}
+
+
+def test_three_programs_of_narrow_decode_fit_a_hopper_processor() -> None:
+    """Its speed hangs on that (docs/log.md): 228 KiB less one for each, 65,536 registers."""
+    (target,) = (each for each in ALL if each.name == "sm_90")
+    found = [each for each in variants() if each.kernel is decode_mma]
+    own = [each for each in found if each.targets == (target,)]
+    assert {each.constants["DIM"] for each in own} == {128, 256, 512}
+    for variant in own:
+        binary, assembly = compile_variant(variant, target)
+        taken = resources(binary, assembly, target)
+        assert 3 * (binary.shared + KIB) <= 228 * KIB
+        assert 3 * binary.threads * taken.registers <= 65536
+        assert taken.spilled <= 16, "a few invariants may be kept in memory, no more"
