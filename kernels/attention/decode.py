@@ -188,7 +188,8 @@ def _decode(
     space = workspace(query.device)[0]
     # What is cut off is aligned, so a little more than its sizes.
     spare = 64 + (rows * heads * (dim + 2) if narrow else 0)
-    room = (len(space) - spare) // (rows * (heads * (dim + 2) + kv_heads * _LISTED))
+    listed = kv_heads * _LISTED if kernel is decode_mma else 0
+    room = (len(space) - spare) // (rows * (heads * (dim + 2) + listed))
     slots = plan.programs * _processors(query.device)
     splits = splits_of(slots, rows * kv_heads, keys, room, plan.tile)
     sums, space = _cut(space, rows * heads * splits * dim)
@@ -199,7 +200,7 @@ def _decode(
     if isinstance(cache, NarrowCache):
         form, pool = cache.format, cache.overflow
         by_mma = kernel is decode_mma
-        weight, turns = (rule.weight, _turns(rule, by_mma)) if rule else (None, None)
+        weight, turns = (None, None) if rule is None else (rule.weight, _turns(rule, by_mma))
         digits, space = _cut(space, rows * heads * dim // 2)
         factors, space = _cut(space, rows * heads * 2)
         own, space = _cut(space, rows * heads * (form.pairs or 0))

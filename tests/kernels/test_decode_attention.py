@@ -10,9 +10,11 @@ import torch
 from conclave.kernels.attention import decode as module
 from conclave.kernels.attention.cache import KeyRule, KVFormat, NarrowCache, Overflow
 from conclave.kernels.attention.decode import decode
+from conclave.kernels.attention.decode_mma import decode_mma
 from conclave.kernels.attention.reference import attention, store
 from conclave.kernels.attention.splits import splits_of
 from conclave.kernels.errors import KernelInputError
+from conclave.kernels.launching.targets import ALL
 from conclave.kernels.reference import paged_attention, plan_pages
 
 pytestmark = pytest.mark.kernel
@@ -213,6 +215,25 @@ def test_refuses_a_rule_that_does_not_fit(device: torch.device) -> None:
     case.rule = replace(case.rule, weight=torch.ones(32, device=device))
     with pytest.raises(KernelInputError, match="rule must have"):
         case.error()
+
+
+@pytest.mark.parametrize(
+    ("form", "group", "name", "fits"),
+    [
+        (KVFormat(4, 512, 8, 64), 8, "sm_90", True),
+        (KVFormat(16, 256, 8), 2, "sm_120", True),
+        (KVFormat(4, 512, 8, 64), 9, "sm_90", False),
+        (KVFormat(4, 512, 4, 64), 8, "sm_90", False),
+        (KVFormat(4, 512, 8), 8, "sm_90", False),
+        (KVFormat(4, 128, 8, 16), 8, "sm_90", False),
+        (KVFormat(4, 512, 8, 64), 8, "gfx942", False),
+    ],
+)
+def test_tensor_cores_take_what_fits_them(
+    form: KVFormat, group: int, name: str, fits: bool
+) -> None:
+    target = next(each for each in ALL if each.name == name)
+    assert (module._program(form, group, 16, True, target)[0] is decode_mma) is fits
 
 
 def test_splits_fill_the_processors() -> None:
