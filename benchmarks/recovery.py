@@ -37,13 +37,15 @@ from examples.debian_model.shapes import SHAPES, ShapeName
 from .records import HEADLINE, write_headline, write_result
 
 MODELS = Path("examples/models")
-EPOCHS = {"debian-8m": 28.0, "debian-ple-8m": 24.0, "debian-moe-8m": 17.0}
-"""Of recovery: estimated as some eight minutes of an H100, never run; `--share` takes less."""
+EPOCHS = 28.0
+"""Of recovery, at most: as many as there is time for."""
 KINDS = {
     "debian-8m": ShapeName.DENSE,
     "debian-ple-8m": ShapeName.PLE,
     "debian-moe-8m": ShapeName.MOE,
 }
+AFTER = 40.0
+"""Seconds that a job has for what comes before and after its training: a start, a last scoring."""
 FEWEST = 2000
 """Held-out tokens of a language that is judged by itself."""
 SECONDS = 570.0
@@ -67,12 +69,12 @@ def main() -> None:
     parser.add_argument("models", type=Path, help="folder for what is trained, or what was before")
     parser.add_argument("--job", action="append", help="train this one alone; repeatable")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="jobs end by then")
-    parser.add_argument("--share", type=float, default=1.0, help="of the epochs")
+    parser.add_argument("--epochs", type=float, default=EPOCHS, help="of recovery, at most")
     parser.add_argument("--judge", action="store_true", help="train nothing")
     parser.add_argument("--out", type=Path, help="a folder that gets a copy of what is written")
     options = parser.parse_args()
     if not options.judge:
-        jobs = jobs_of(options.work, options.models, options.share)
+        jobs = jobs_of(options.work, options.models, options.epochs)
         chosen = [job for job in jobs if job.name in (options.job or [each.name for each in jobs])]
         if not chosen:
             parser.error(f"no such job; there are {', '.join(job.name for job in jobs)}")
@@ -85,19 +87,18 @@ def main() -> None:
     save(rows, options.out)
 
 
-def jobs_of(work: Path, target: Path, share: float) -> list[Job]:
-    """Recoveries first, the longest of them first."""
+def jobs_of(work: Path, target: Path, epochs: float) -> list[Job]:
+    """Recoveries first."""
     route = (sys.executable, "-m", "examples.train_model")
     recoveries, controls = [], []
-    for name, epochs in EPOCHS.items():
-        teachers = [f"--teacher={MODELS / other}" for other in EPOCHS if other != name]
-        more = f"--epochs={share * epochs}", f"--work={work}"
+    for name, kind in KINDS.items():
+        teachers = [f"--teacher={MODELS / other}" for other in KINDS if other != name]
+        more = f"--epochs={epochs}", f"--work={work}"
         recover = (*route, "compress", str(MODELS / name), str(target / name), *more, *teachers)
         recoveries.append(Job(f"recover-{name}", recover))
-        shape = SHAPES[KINDS[name]]
-        both = share * (shape.recipe.epochs + epochs)
+        both = SHAPES[kind].recipe.epochs + epochs
         folder = target / f"control-{name}"
-        train = (*route, "train", f"--shape={KINDS[name].value}", f"--work={work}")
+        train = (*route, "train", f"--shape={kind.value}", f"--work={work}")
         controls.append(Job(folder.name, (*train, f"--model={folder}", f"--epochs={both}")))
     return recoveries + controls
 
@@ -134,7 +135,7 @@ def _run(job: Job, gpu: str, seconds: float, log: Path) -> str:
     with log.open("w") as file:
         try:
             done = subprocess.run(
-                job.command,
+                [*job.command, f"--minutes={max(0.0, seconds - AFTER) / 60}"],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu, "PYTHONUNBUFFERED": "1"},
@@ -152,7 +153,7 @@ def judge(work: Path, folder: Path) -> list[dict[str, Any]]:
     """A row for each recovered model that there is."""
     held_out = Encoded.load(work / f"{HELD_OUT}.npz")
     rows = []
-    for name in EPOCHS:
+    for name in KINDS:
         if not (folder / name / "conclave.json").exists():
             continue
         candidates = [MODELS / name, folder / f"control-{name}"]
@@ -212,7 +213,7 @@ def _perplexity(scores: Scores, language: str) -> float:
 def save(rows: Sequence[dict[str, Any]], out: Path | None) -> None:
     """Write the rows, and the headline figures if no model and no control is missing."""
     path = write_result("recovery", {"models": list(rows)})
-    whole = len(rows) == len(EPOCHS) and all(len(row["dense_perplexity"]) == 2 for row in rows)
+    whole = len(rows) == len(KINDS) and all(len(row["dense_perplexity"]) == 2 for row in rows)
     if whole:
         ratios = [row["ratio"] for row in rows]
         write_headline("ppl_ratio", max(ratios), "ratio", (min(ratios), max(ratios)))

@@ -21,6 +21,8 @@ package descriptions, documents over 2,048 tokens, and resuming a training run.
 
 from __future__ import annotations
 
+import math
+import time
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -121,7 +123,7 @@ def train_command(
     work: WorkOption = WORK_FOLDER,
     model: ModelOption = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the text.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="End the run after this time.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="End training by then.")] = None,
     row_length: Annotated[int | None, typer.Option(help="Tokens per row.")] = None,
     tokens_per_step: Annotated[int | None, typer.Option(help="Tokens per optimizer step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="At its highest.")] = None,
@@ -172,12 +174,16 @@ def compress_command(
     gradual: Annotated[float, typer.Option(help="Share of steps with rising sparsity.")] = 0.0,
     rows_per_step: Annotated[int, typer.Option(help="Rows per optimizer step.")] = 64,
     rows_at_once: Annotated[int, typer.Option(help="Rows on the device.")] = 32,
+    minutes: Annotated[
+        float, typer.Option(help="All is trained by then, in fewer steps.")
+    ] = math.inf,
     looks: Annotated[int, typer.Option(help="Looks at the validation text.")] = 20,
     teacher: Annotated[
         list[Path] | None, typer.Option(help="Folder of one more trained checkpoint to learn from.")
     ] = None,
 ) -> None:
     """Prune and quantize in one shot, beside TARGET, and recover into it; needs a GPU."""
+    until = time.monotonic() + 60 * minutes
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     training, validation = (
         Encoded.load(work / f"{name}.npz") for name in (corpus.TRAINING, corpus.VALIDATION)
@@ -195,7 +201,7 @@ def compress_command(
         gradual=gradual,
         looks=looks,
     )
-    recover(one_shot, original, target, splits, schedule, device, say, teacher or ())
+    recover(one_shot, original, target, splits, schedule, device, say, teacher or (), until)
 
 
 @app.command("evaluate")

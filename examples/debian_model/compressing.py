@@ -7,6 +7,7 @@ ends of rows, a few in a hundred, which are learned without their beginning.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,12 +69,17 @@ def recover(
     device: torch.device,
     say: Told,
     teachers: Sequence[Path] = (),
+    until: float = math.inf,
 ) -> list[Look]:
-    """Train what is left against the original and `teachers`, judged by the validation rows."""
+    """Train what is left against the original and `teachers`, judged by the validation rows.
 
-    def told(step: int, look: Look | None) -> None:
+    It ends by `until`, of `time.monotonic()`.
+    """
+
+    def told(step: int, done: float, look: Look | None) -> None:
         if look is not None:
             say(look)
 
     rows = splits.training, splits.validation
-    return recover_checkpoint(one_shot, original, target, *rows, schedule, device, told, teachers)
+    given = one_shot, original, target, *rows, schedule, device, told, teachers, until
+    return recover_checkpoint(*given)

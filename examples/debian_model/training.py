@@ -56,6 +56,7 @@ class Trainer:
         self.history: list[dict[str, float]] = []
         self.best_loss = math.inf
         self.best: dict[str, torch.Tensor] = {}
+        self.until = time.perf_counter() + 60 * recipe.minutes
         self.seconds = 0.0
         self.compiled = False
 
@@ -99,7 +100,8 @@ class Trainer:
 
     def progress(self, step: int, started: float) -> float:
         """How far the run is, by its steps or by its time, whichever ends first."""
-        return max(step / self.steps, (time.perf_counter() - started) / 60 / self.recipe.minutes)
+        passed = (time.perf_counter() - started) / max(self.until - started, 1e-9)
+        return max(step / self.steps, passed)
 
     def run(self) -> None:
         """Train; the learning rate rises over the first steps, then falls linearly to zero."""

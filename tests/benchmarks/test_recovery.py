@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.recovery import EPOCHS, Job, jobs_of, side_by_side, verdict
+from benchmarks.recovery import KINDS, Job, jobs_of, side_by_side, verdict
 from examples.debian_model.scoring import Score
 
 SHOW = "import os; print('gpu', os.environ['CUDA_VISIBLE_DEVICES'])"
@@ -33,10 +33,10 @@ def test_what_has_no_time_is_not_begun(tmp_path: Path) -> None:
 
 def test_commands_are_those_of_the_route(tmp_path: Path) -> None:
     """Without text they end in its error, not in one of usage."""
-    jobs = jobs_of(tmp_path / "none", tmp_path, 0.5)
+    jobs = jobs_of(tmp_path / "none", tmp_path, 2)
     assert [each.name for each in jobs] == [
-        *(f"recover-{name}" for name in EPOCHS),
-        *(f"control-{name}" for name in EPOCHS),
+        *(f"recover-{name}" for name in KINDS),
+        *(f"control-{name}" for name in KINDS),
     ]
     assert sum("--teacher" in part for part in jobs[0].command) == 2
     side_by_side([jobs[0], jobs[-1]], ["", ""], 120, tmp_path)

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -47,6 +48,9 @@ def recover(
     gradual: Annotated[
         float, typer.Option(help="share of the steps over which sparsity rises from none")
     ] = _DEFAULT.gradual,
+    minutes: Annotated[
+        float, typer.Option(min=0, help="end training by then, with fewer steps if need be")
+    ] = math.inf,
     looks: Annotated[int, typer.Option(help="at the held-out text")] = _DEFAULT.looks,
     patience: Annotated[
         int, typer.Option(help="looks without a better one before it ends")
@@ -56,12 +60,14 @@ def recover(
     as_json: Annotated[bool, typer.Option("--json", help="the looks as JSON")] = False,
 ) -> None:
     """Train what a compressed checkpoint keeps; run it again to go on after an interruption."""
+    until = time.monotonic() + 60 * minutes
     with errors_told():
         schedule = Schedule(
             steps, sequences, at_once, learning_rate, text_share, gradual, looks, patience, seed
         )
         source = compressed, target, original, text, held_out
-        found = recover_from_text(*source, length, schedule, device_of(device), teacher or ())
+        where, others = device_of(device), teacher or ()
+        found = recover_from_text(*source, length, schedule, where, others, until)
     if as_json:
         json.dump({"target": str(target), "looks": list(map(asdict, found))}, sys.stdout)
         return
@@ -82,6 +88,7 @@ def recover_from_text(
     schedule: Schedule,
     device: torch.device,
     teachers: Sequence[Path] = (),
+    until: float = math.inf,
 ) -> list[Look]:
     """As `recover_checkpoint`, on the text of a file; without `held_out` 1/50 of it is set aside.
 
@@ -96,10 +103,11 @@ def recover_from_text(
         judged = all_sequences(held_out, tokenizer, length, schedule.seed)
     with progress("recovering") as told:
 
-        def step_told(step: int, look: Look | None) -> None:
+        def step_told(step: int, done: float, look: Look | None) -> None:
             name = None if look is None else f"recovering, KL {look.divergence:.4f}"
-            told(step, schedule.steps, name)
+            told(step, round(step / done), name)
 
         return recover_checkpoint(
-            compressed, original, target, tokens, judged, schedule, device, step_told, teachers
+            *(compressed, original, target, tokens, judged, schedule, device),
+            *(step_told, teachers, until),
         )

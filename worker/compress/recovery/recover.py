@@ -1,5 +1,6 @@
 """From a compressed checkpoint and its original to the same, recovered."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from hashlib import sha256
@@ -28,15 +29,17 @@ def recover_checkpoint(
     held_out: Tensor,
     schedule: Schedule,
     device: torch.device,
-    told: Told = lambda step, look: None,
+    told: Told = lambda step, done, look: None,
     teachers: Sequence[Path] = (),
+    until: float = math.inf,
 ) -> list[Look]:
     """Train what `compressed` keeps of `original` and write it to `target`; or go on with that.
 
     `tokens` and `held_out` are int64 [sequences, length]. Maps, formats and files are those of
     `compressed`. `teachers` are full checkpoints of any shape with the same tokens, which teach
-    together with the original. Beside `target` lies TARGET.training while it runs. Raises
-    CheckpointError, and ConfigError for settings, text or teachers that will not do.
+    together with the original. Training ends by `until`, of `time.monotonic()`. Beside `target`
+    lies TARGET.training while it runs. Raises CheckpointError, and ConfigError for settings, text
+    or teachers that will not do.
     """
     config = ModelConfig.load(compressed)
     if ModelConfig.load(original) != config:
@@ -61,7 +64,7 @@ def recover_checkpoint(
     target.parent.mkdir(parents=True, exist_ok=True)
     writer = CheckpointWriter(target, compressed, key)
     run = Recovery(student, packed, teacher, schedule, state, key, others=others)
-    run.run(tokens, held_out, told)
+    run.run(tokens, held_out, told, until)
     found = dict[str, Tensor | PackedWeight](run.packed())
     trained = run.plain()
     found |= {name: trained[name].detach().to(dtype) for name, dtype in plain.items()}

@@ -1,4 +1,7 @@
-"""How long recovery trains, how fast, and when sparsity is where it shall be."""
+"""How long recovery trains, how fast, and when sparsity is where it shall be.
+
+All goes by the share of the run that is done, by its steps or by its time.
+"""
 
 import math
 from dataclasses import dataclass
@@ -40,18 +43,16 @@ class Schedule:
         if not 0 < self.learning_rate < math.inf:
             raise ConfigError(f"learning_rate is {self.learning_rate}; it must be above 0")
 
-    def rate(self, step: int) -> float:
-        """The learning rate of a step, the first being 0."""
-        rising = (step + 1) / max(1, self.steps // 20)
-        return self.learning_rate * min(1.0, rising) * (1 - step / self.steps)
+    def rate(self, step: int, done: float) -> float:
+        """The learning rate of a step, the first being 0, begun with a share `done` of the run."""
+        rising = max((step + 1) / max(1, self.steps // 20), 20 * done)
+        return self.learning_rate * min(1.0, rising) * (1 - done)
 
-    def kept(self, step: int, final: int) -> int:
+    def kept(self, done: float, final: int) -> int:
         """Survivors of each 16: falls as a cube, fast at first (Zhu, Gupta, arXiv:1710.01878)."""
-        rising = self.gradual * self.steps
-        left = 0.0 if step >= rising else (1 - step / rising) ** 3
+        left = 0.0 if done >= self.gradual else (1 - done / self.gradual) ** 3
         return final + math.ceil((SPAN - final) * left)
 
-    def is_look(self, step: int) -> bool:
-        """Whether the held-out text is looked at when so many steps are done."""
-        marks = self.looks * step // self.steps, self.looks * (step - 1) // self.steps
-        return step > 0 and marks[0] > marks[1]
+    def looks_by(self, done: float) -> int:
+        """How many looks at the held-out text are due."""
+        return math.floor(self.looks * done + 1e-9)  # 100 * 0.29 is less than 29

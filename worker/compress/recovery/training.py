@@ -6,7 +6,9 @@ was killed goes on from the last look at the held-out text, through the same num
 up: more than one device, and models whose optimizer does not fit beside them.
 """
 
+import math
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -31,6 +33,8 @@ class Look:
     """What the held-out text says after so many steps; divergences and losses in nats a token."""
 
     step: int
+    done: float
+    """Share of the run."""
     training_divergence: float
     training_loss: float
     divergence: float
@@ -39,8 +43,8 @@ class Look:
     """Negative log-likelihood of the held-out text."""
 
 
-Told = Callable[[int, Look | None], None]
-"""(steps done, the look just taken)"""
+Told = Callable[[int, float, Look | None], None]
+"""(steps done, share of the run, the look just taken)"""
 
 
 class Recovery:
@@ -85,14 +89,21 @@ class Recovery:
             student.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0
         )
         self._best_values = self._values()
-        self._step = 0
+        self._step, self._done = 0, 0.0
         self._resume()
 
-    def run(self, tokens: Tensor, held_out: Tensor, told: Told = lambda step, look: None) -> None:
+    def run(
+        self,
+        tokens: Tensor,
+        held_out: Tensor,
+        told: Told = lambda step, done, look: None,
+        until: float = math.inf,
+    ) -> None:
         """Train on `tokens` [n, L], int64, and leave the student as it was best on `held_out`.
 
-        Raises ConfigError for less text than one step, or if training comes to numbers that are
-        none.
+        It ends by `until`, a time of `time.monotonic()`, with fewer steps if there is no time for
+        all; then two runs differ. Raises ConfigError for less text than one step, or if training
+        comes to numbers that are none.
         """
         schedule, device = self.schedule, self.student.embedding.weight.device
         if len(tokens) < schedule.sequences or not len(held_out):
@@ -106,14 +117,18 @@ class Recovery:
             self._compile(*lessons.of(torch.arange(schedule.sequences)[: schedule.at_once]))
         batches = _batches(len(tokens), schedule, self._step)
         recent: list[Tensor] = []
-        while self._step < schedule.steps and not self._in_vain():
+        first, began = self._done, time.monotonic()
+        while self._done < 1 and not self._in_vain():
             recent.append(self._learn(lessons, next(batches)))
             self._step += 1
+            passed = (time.monotonic() - began) / max(until - began, 1e-9)
+            before, by_time = self._done, first + (1 - first) * passed
+            self._done = min(1.0, max(self._step / schedule.steps, by_time))
             look = None
-            if schedule.is_look(self._step):
+            if schedule.looks_by(self._done) > schedule.looks_by(before):
                 look = self._look(torch.stack(recent).mean(0).tolist(), judged)
                 recent.clear()
-            told(self._step, look)
+            told(self._step, self._done, look)
         self._restore(self._best_values)
         self._state.unlink(missing_ok=True)
 
@@ -144,9 +159,9 @@ class Recovery:
 
     def _learn(self, lessons: Lessons, chosen: Tensor) -> Tensor:
         """One step of the optimizer; divergence and loss before it, [2]."""
-        self._set_kept(self._step)
+        self._set_kept(self._done)
         for group in self._optimizer.param_groups:
-            group["lr"] = self.schedule.rate(self._step)
+            group["lr"] = self.schedule.rate(self._step, self._done)
         found = torch.zeros(2, device=self.student.embedding.weight.device)
         for part in chosen.split(self.schedule.at_once):
             share = len(part) / len(chosen)
@@ -163,13 +178,13 @@ class Recovery:
 
     def _look(self, training: list[float], held_out: Lessons) -> Look:
         """Look at the held-out text in the final form, keep what is best, and save the run."""
-        self._set_kept(self.schedule.steps)
+        self._set_kept(1.0)
         parts = []
         with torch.no_grad(), autocast(self.student.embedding.weight.device):
             for part in torch.arange(len(held_out)).split(self.schedule.at_once):
                 found = losses(self.student, self.teachers, *held_out.of(part))
                 parts.append(found * (len(part) / len(held_out)))
-        look = Look(self._step, *training, *torch.stack(parts).sum(0).tolist())
+        look = Look(self._step, self._done, *training, *torch.stack(parts).sum(0).tolist())
         if not look.divergence < float("inf"):
             raise ConfigError(
                 f"training went astray at step {self._step}: try a lower learning rate "
@@ -184,19 +199,19 @@ class Recovery:
     def _in_vain(self) -> bool:
         """Whether the last looks, all with full sparsity, were no better than one before them."""
         schedule = self.schedule
-        full = [look for look in self.looks if look.step >= schedule.gradual * schedule.steps]
+        full = [look for look in self.looks if look.done >= schedule.gradual]
         since = len(full) - 1 - full.index(self.best) if self.best in full else 0
         return since >= schedule.patience
 
-    def _set_kept(self, step: int) -> None:
+    def _set_kept(self, done: float) -> None:
         for own in self._stored.values():
-            own.kept.fill_(self.schedule.kept(step, own.format.kept))
+            own.kept.fill_(self.schedule.kept(done, own.format.kept))
 
     def _values(self) -> dict[str, Tensor]:
         return {name: own.detach().cpu().clone() for name, own in self.student.named_parameters()}
 
     def _restore(self, values: dict[str, Tensor]) -> None:
-        self._set_kept(self.schedule.steps)
+        self._set_kept(1.0)
         with torch.no_grad():
             for name, own in self.student.named_parameters():
                 own.copy_(values[name])
@@ -206,6 +221,7 @@ class Recovery:
             "key": self._key,
             "schedule": asdict(self.schedule),
             "step": self._step,
+            "done": self._done,
             "values": self._values(),
             "optimizer": self._optimizer.state_dict(),
             "looks": [asdict(look) for look in self.looks],
@@ -232,7 +248,7 @@ class Recovery:
                 f"{self._state} is of another run, with other models, text or settings: go on with "
                 "those, or remove it to begin anew"
             )
-        self._step = state["step"]
+        self._step, self._done = state["step"], state["done"]
         self.looks = [Look(**look) for look in state["looks"]]
         self.best = None if state["best"] is None else self.looks[state["best"]]
         self._best_values = state["best_values"]

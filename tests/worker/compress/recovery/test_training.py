@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def test_killed_it_goes_on_to_the_same_bytes(
     schedule = Schedule(steps=9, sequences=8, at_once=8, gradual=0.3, looks=3)
     recover(pair, tmp_path / "whole", schedule)
 
-    def killed(step: int, look: Look | None) -> None:
+    def killed(step: int, done: float, look: Look | None) -> None:
         if step == 7:
             raise KeyboardInterrupt
 
@@ -102,7 +103,7 @@ def test_killed_it_goes_on_to_the_same_bytes(
     with pytest.raises(ConfigError, match="another run"):
         recover(pair, tmp_path / "again", Schedule(steps=8, sequences=8))
     steps: list[int] = []
-    recover(pair, tmp_path / "again", schedule, told=lambda step, look: steps.append(step))
+    recover(pair, tmp_path / "again", schedule, told=lambda step, done, look: steps.append(step))
     assert steps == [7, 8, 9], "from the last look"
     assert not (tmp_path / "again.training").exists()
     files = {path.name for path in (tmp_path / "whole").iterdir()}
@@ -176,6 +177,30 @@ def test_it_ends_early_with_what_was_best(pair: tuple[Path, Path], tmp_path: Pat
     assert looks[-1].step - best["step"] == 2
 
 
+def test_it_ends_in_time(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Its learning rate falls and its looks are spread over as many steps as there is time for."""
+    schedule = Schedule(steps=1_000_000, sequences=4, looks=4, gradual=0.4)
+    began, shares = time.monotonic(), list[float]()
+    looks = recover(
+        pair,
+        tmp_path / "recovered",
+        schedule,
+        told=lambda step, done, look: shares.append(done),
+        until=began + 6,
+    )
+    assert 5 < time.monotonic() - began < 30
+    assert shares == sorted(shares) and shares[-1] == 1 and len(shares) > 8
+    assert 2 <= len(looks) <= 4 and looks[-1].step == len(shares) and looks[-1].done == 1
+    assert schedule.rate(len(shares) - 1, shares[-2]) < schedule.learning_rate / 2
+
+
+def test_a_shorter_run_still_warms_up() -> None:
+    schedule = Schedule(steps=100_000, learning_rate=1.0)
+    assert schedule.rate(0, 0.0) == pytest.approx(1 / 5000)
+    assert schedule.rate(10, 0.05) == pytest.approx(0.95)
+    assert Schedule(steps=100, looks=100).looks_by(0.29) == 29
+
+
 def test_what_cannot_be(pair: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="sequences"):
         recover(pair, tmp_path / "a", Schedule(sequences=64))
@@ -190,7 +215,7 @@ def test_what_cannot_be(pair: tuple[Path, Path], tmp_path: Path) -> None:
 
 def test_sparsity_rises_to_what_is_asked_for() -> None:
     schedule = Schedule(steps=100, gradual=0.5)
-    kept = [schedule.kept(step, 5) for step in range(100)]
+    kept = [schedule.kept(step / 100, 5) for step in range(100)]
     assert kept[0] == 16 and kept == sorted(kept, reverse=True) and kept[49] > 5
     assert set(kept[50:]) == {5}
     assert Schedule(steps=100).kept(0, 5) == 5
