@@ -173,7 +173,7 @@ def compress_command(
     text_share: Annotated[float, typer.Option(help="Of the loss that is the text.")] = 0.2,
     gradual: Annotated[float, typer.Option(help="Share of steps with rising sparsity.")] = 0.0,
     rows_per_step: Annotated[int, typer.Option(help="Rows per optimizer step.")] = 64,
-    rows_at_once: Annotated[int, typer.Option(help="Rows on the device.")] = 32,
+    rows_at_once: Annotated[int, typer.Option(help="Rows on the device.")] = 64,
     minutes: Annotated[
         float, typer.Option(help="All is trained by then, in fewer steps.")
     ] = math.inf,

@@ -4,8 +4,8 @@ Taught is the mean of the teachers' probabilities. Several that were trained apa
 each, where there is little text above all: a student of all of them can be better than the model
 that it was made of (Kim et al., "Pre-training under infinite compute", arXiv:2509.14786).
 
-Logits of a few rows at a time, made again for the gradient: a vocabulary of 262,144 would take 1 GB
-for a thousand rows, several times over.
+A vocabulary of 262,144 takes 1 GB for the logits of a thousand rows, several times over. Where it
+is as large, they are there for a few rows at a time, and made again for the gradient.
 """
 
 import math
@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ...model.decoder import Decoder, DenseAttention
 
-_ROW_NUMBERS = 1 << 25
-"""Logits that are there at once, of each of the models."""
+_WHOLE, _PART = 1 << 29, 1 << 25
+"""So many logits of each model are kept for the gradient; of more there is a part at a time."""
 
 
 def losses(
@@ -32,7 +32,10 @@ def losses(
     """
     ours = hidden_states(student, tokens)
     targets = tokens[:, 1:].flatten()
-    rows = max(1, _ROW_NUMBERS // student.config.vocab_size)
+    vocabulary = student.config.vocab_size
+    if len(targets) * vocabulary <= _WHOLE:
+        return _sums(student, teachers, ours, targets, *theirs) / len(targets)
+    rows = max(1, _PART // vocabulary)
     total = torch.zeros(2, device=tokens.device)
     for part in zip(
         ours.split(rows),

@@ -86,7 +86,11 @@ class Recovery:
                 trained_values(student, name).data.copy_(originals[name])
         student.train().requires_grad_(True)
         self._optimizer = torch.optim.AdamW(
-            student.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0
+            student.parameters(),
+            lr=0.0,
+            betas=(0.9, 0.95),
+            weight_decay=0.0,
+            fused=student.embedding.weight.is_cuda,
         )
         self._best_values = self._values()
         self._step, self._done = 0, 0.0
