@@ -4,12 +4,14 @@ A checkpoint with the real sizes of the 31B model but four layers (three sliding
 weights random: memory and time do not depend on values. It is compressed once in one go, each layer
 timed, and twice at once while it is killed at ten random points in all and gone on with; all must
 have the same bytes. Kills come after up to a third of the whole time: most interrupt some layer.
-Memory is what the driver counts for the whole device, less what was taken before.
+Memory is what the driver counts for the whole device, less what was taken before. Torch is held to
+24 GiB, since it keeps what is free again for as long as there is room on the card.
 """
 
 import argparse
 import hashlib
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -67,6 +69,9 @@ FORMAT = "5:16-int4-g128"
 SEQUENCES, LENGTH = 128, 512
 """The command's own defaults."""
 KILLS, AT_ONCE = 10, 2
+CARD_GIB, CONTEXT_GIB = 24.0, 1.0
+"""Of the card it shall run on, and what torch does not count of it: the driver's, libraries'."""
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as the command
 console = Console(stderr=True)
 
 
@@ -127,6 +132,9 @@ def compress(source: Path, target: Path) -> list[float]:
     count, length = (SEQUENCES, LENGTH) if config.vocab_size > 1000 else (8, 64)
     tokens = torch.randint(3, config.vocab_size, (count, length), generator=draw)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        share = (CARD_GIB - CONTEXT_GIB) * 2**30 / torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share))
     recipe = Recipe(Format.parse(FORMAT), "sparsegpt", embeddings=Format.parse("dense-int8-g64"))
     started, done = time.perf_counter(), [0.0]
 

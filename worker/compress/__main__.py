@@ -1,5 +1,7 @@
 """The commands that work on checkpoints, each told where it stands."""
 
+import os
+
 import typer
 
 from ..audit.command import audit
@@ -19,4 +21,6 @@ app.command()(export)
 app.command("import")(import_)
 
 if __name__ == "__main__":
+    # Weights of all sizes come and go on a card that they nearly fill: no pieces may be left.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     app(prog_name="conclave")

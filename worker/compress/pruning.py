@@ -112,23 +112,23 @@ def _harm(block: Tensor, factor: Tensor) -> Tensor:
 def _inverse_factor(moments: Tensor) -> Tensor:
     """U, float32, upper triangular [K, K], with U^T U the inverse of the damped moments H.
 
-    With rows and columns in reverse, H is M M^T, M lower triangular. M in reverse is upper
-    triangular, and H = R R^T, so that U is the inverse of R: no inverse of H is needed, which in
-    float64 takes twice the memory. Inputs that are always zero keep the damping alone, so that
-    their weights seem to do no harm.
+    With rows and columns in reverse, H is M M^T, M lower triangular, and U is the inverse of M in
+    reverse: no inverse of H is needed, which in float64 takes twice the memory. Inputs that are
+    always zero keep the damping alone, so that their weights seem to do no harm.
     """
     # In float64, since thousands of columns of nearly equal inputs leave float32 no positive pivot.
     reverse = moments.flip(0, 1).double()
     diagonal = reverse.diagonal()
     diagonal += DAMPING * diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
-    reverse = torch.linalg.cholesky(reverse).flip(0, 1)
+    lower, count = torch.linalg.cholesky(reverse), len(moments)
+    del reverse, diagonal  # a large one is gigabytes
     factor = torch.zeros_like(moments)
-    for begin in range(0, len(moments), _COLUMNS):
-        end = min(begin + _COLUMNS, len(moments))  # below which this part of U is zero
-        part = reverse.new_zeros(end, end - begin)
-        part[begin:].fill_diagonal_(1.0)
-        solved = torch.linalg.solve_triangular(reverse[:end, :end], part, upper=True)
-        factor[:end, begin:end] = solved
+    for begin in range(0, count, _COLUMNS):
+        end = min(begin + _COLUMNS, count)  # above which these columns of M's inverse are zero
+        part = lower.new_zeros(count - begin, end - begin)
+        part.fill_diagonal_(1.0)
+        solved = torch.linalg.solve_triangular(lower[begin:, begin:], part, upper=False)
+        factor[: count - begin, count - end : count - begin] = solved.flip(0, 1)
     return factor
 
 
