@@ -169,9 +169,12 @@ def compress_command(
     work: WorkOption = WORK_FOLDER,
     format: Annotated[str, typer.Option(help="Of every large weight.")] = FORMAT,
     epochs: Annotated[float, typer.Option(help="Passes over the text to recover.")] = 10.0,
-    learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 5e-4,
     text_share: Annotated[float, typer.Option(help="Of the loss that is the text.")] = 0.2,
     gradual: Annotated[float, typer.Option(help="Share of steps with rising sparsity.")] = 0.0,
+    remap: Annotated[float, typer.Option(help="Share of steps that learn the maps.")] = 0.0,
+    rows: Annotated[int | None, typer.Option(help="Of the text; all if left out.")] = None,
+    synthetic: Annotated[int, typer.Option(help="Rows that the teachers write.")] = 0,
     rows_per_step: Annotated[int, typer.Option(help="Rows per optimizer step.")] = 64,
     rows_at_once: Annotated[int, typer.Option(help="Rows on the device.")] = 64,
     minutes: Annotated[
@@ -192,6 +195,8 @@ def compress_command(
     one_shot = target.with_name(target.name + "-one-shot")
     if not (one_shot / "conclave.json").exists():
         compress_in_one_shot(original, one_shot, splits.training, device, format)
+    teachers = teacher or []
+    splits = splits.taught_by([original, *teachers], rows, synthetic, device)
     schedule = Schedule(
         steps=int(epochs * len(splits.training) / rows_per_step),
         sequences=rows_per_step,
@@ -199,9 +204,10 @@ def compress_command(
         learning_rate=learning_rate,
         text_share=text_share,
         gradual=gradual,
+        remap=remap,
         looks=looks,
     )
-    recover(one_shot, original, target, splits, schedule, device, say, teacher or (), until)
+    recover(one_shot, original, target, splits, schedule, device, say, teachers, until)
 
 
 @app.command("evaluate")

@@ -20,6 +20,7 @@ from conclave.worker.compress.layerwise import compress_checkpoint
 from conclave.worker.compress.recipe import Recipe
 from conclave.worker.compress.recovery.recover import recover_checkpoint
 from conclave.worker.compress.recovery.schedule import Schedule
+from conclave.worker.compress.recovery.synthetic import write_text
 from conclave.worker.compress.recovery.training import Look
 
 from .encoding import Encoded
@@ -41,6 +42,16 @@ class Splits:
     @classmethod
     def of(cls, training: Encoded, validation: Encoded, seed: int = 0) -> Splits:
         return cls(packed_rows(training, seed), packed_rows(validation, seed))
+
+    def taught_by(
+        self, teachers: Sequence[Path], rows: int | None, synthetic: int, device: torch.device
+    ) -> Splits:
+        """With the first `rows` for training, and as many `synthetic` ones that teachers write."""
+        training = self.training[:rows]
+        if synthetic:
+            written = write_text(teachers, self.training, synthetic, 0, device)
+            training = torch.cat((training, written))
+        return Splits(training, self.validation)
 
 
 def packed_rows(encoded: Encoded, seed: int) -> torch.Tensor:

@@ -71,7 +71,10 @@ def test_compressed_and_recovered(tmp_path: Path) -> None:
     splits = Splits.of(encoded(60), encoded(30))
     compress_in_one_shot(original, pruned, splits.training[:4], CPU)
     said: list[object] = []
+    more = splits.taught_by([original], 2, 3, CPU)
+    assert torch.equal(more.training[:2], splits.training[:2]) and len(more.training) == 5
+    assert more.validation is splits.validation
     schedule = Schedule(steps=2, sequences=2, at_once=2, looks=2)
-    looks = recover(pruned, original, target, splits, schedule, CPU, said.append)
+    looks = recover(pruned, original, target, more, schedule, CPU, said.append)
     assert said == looks and len(looks) == 2
     assert (target / "conclave.json").exists()

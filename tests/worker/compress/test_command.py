@@ -57,6 +57,14 @@ def test_recovered(text: Path, text_checkpoint: Path, tmp_path: Path) -> None:
     assert run(pruned, other, *by_hand, "--device", "cpu", command="recover").exit_code == 0
     assert (other / "rest.safetensors").read_bytes() == (made / "rest.safetensors").read_bytes()
 
+    more = ("--synthetic", "3", "--remap", "0.5", "--minutes", "5", "--device", "cpu", "--json")
+    done = run(pruned, tmp_path / "third", *by_hand, *more, command="recover")
+    assert done.exit_code == 0, done.output
+    account = json.loads((tmp_path / "third/conclave.json").read_text())["about"]["recovery"]
+    before = json.loads((other / "conclave.json").read_text())["about"]["recovery"]
+    assert account["sequences"] == [before["sequences"][0] + 3, 16]
+    assert account["schedule"]["remap"] == 0.5
+
     again = run(text_checkpoint, tmp_path / "made", *options, "--mode", "magnitude")
     assert again.exit_code == 1 and "other settings" in " ".join(again.output.split())
     refused = run(pruned, other, *by_hand, "--gradual", "2", command="recover")

@@ -20,6 +20,7 @@ from ..calibration import all_sequences
 from ..console import errors_told, progress
 from .recover import recover_checkpoint
 from .schedule import Schedule
+from .synthetic import write_text
 from .training import Look
 
 _DEFAULT = Schedule()
@@ -48,6 +49,12 @@ def recover(
     gradual: Annotated[
         float, typer.Option(help="share of the steps over which sparsity rises from none")
     ] = _DEFAULT.gradual,
+    remap: Annotated[
+        float, typer.Option(help="share of the run in which the maps are learned, too")
+    ] = _DEFAULT.remap,
+    synthetic: Annotated[
+        int, typer.Option(min=0, help="sequences that the teachers write, beside the text")
+    ] = 0,
     minutes: Annotated[
         float, typer.Option(min=0, help="end training by then, with fewer steps if need be")
     ] = math.inf,
@@ -63,11 +70,12 @@ def recover(
     until = time.monotonic() + 60 * minutes
     with errors_told():
         schedule = Schedule(
-            steps, sequences, at_once, learning_rate, text_share, gradual, looks, patience, seed
+            *(steps, sequences, at_once, learning_rate, text_share, gradual, remap),
+            *(looks, patience, seed),
         )
         source = compressed, target, original, text, held_out
         where, others = device_of(device), teacher or ()
-        found = recover_from_text(*source, length, schedule, where, others, until)
+        found = recover_from_text(*source, length, schedule, where, others, synthetic, until)
     if as_json:
         json.dump({"target": str(target), "looks": list(map(asdict, found))}, sys.stdout)
         return
@@ -88,11 +96,13 @@ def recover_from_text(
     schedule: Schedule,
     device: torch.device,
     teachers: Sequence[Path] = (),
+    synthetic: int = 0,
     until: float = math.inf,
 ) -> list[Look]:
     """As `recover_checkpoint`, on the text of a file; without `held_out` 1/50 of it is set aside.
 
-    Shows how far it is. Raises ConfigError for text that cannot be read or is too short.
+    `synthetic` sequences that the original and `teachers` write are added. Shows how far it is.
+    Raises ConfigError for text that cannot be read or is too short.
     """
     tokenizer = Tokenizer(original)
     tokens = all_sequences(text, tokenizer, length, schedule.seed)
@@ -101,6 +111,11 @@ def recover_from_text(
         tokens, judged = tokens[aside:], tokens[:aside]
     else:
         judged = all_sequences(held_out, tokenizer, length, schedule.seed)
+    if synthetic:
+        with progress("writing text") as told:
+            folders = original, *teachers
+            written = write_text(folders, tokens, synthetic, schedule.seed, device, told)
+        tokens = torch.cat((tokens, written))
     with progress("recovering") as told:
 
         def step_told(step: int, done: float, look: Look | None) -> None:

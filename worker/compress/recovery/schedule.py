@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from ....kernels.formats import SPAN
 from ...errors import ConfigError
 
+_BETWEEN = 20
+"""Steps from one choice of survivors to the next."""
+
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
@@ -20,12 +23,14 @@ class Schedule:
     """In one step."""
     at_once: int = 8
     """Of them on the device; activations take memory by this."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     """At its highest: it rises over the first steps and falls to zero, linearly."""
     text_share: float = 0.2
     """Of the loss that is the text itself; the rest is the divergence from the teacher."""
     gradual: float = 0.0
     """Share of the steps over which sparsity rises from none to what is asked for."""
+    remap: float = 0.0
+    """Share of the run in which it is learned, too, which weights survive."""
     looks: int = 20
     """At the held-out text, evenly spaced; the weights that were best there are kept."""
     patience: int = 5
@@ -37,7 +42,7 @@ class Schedule:
         for name in ("steps", "sequences", "at_once", "looks", "patience"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("text_share", "gradual"):
+        for name in ("text_share", "gradual", "remap"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
         if not 0 < self.learning_rate < math.inf:
@@ -52,6 +57,10 @@ class Schedule:
         """Survivors of each 16: falls as a cube, fast at first (Zhu, Gupta, arXiv:1710.01878)."""
         left = 0.0 if done >= self.gradual else (1 - done / self.gradual) ** 3
         return final + math.ceil((SPAN - final) * left)
+
+    def remaps(self, step: int, done: float) -> bool:
+        """Whether survivors are chosen anew when so many steps are done."""
+        return done < self.remap and step % _BETWEEN == 0
 
     def looks_by(self, done: float) -> int:
         """How many looks at the held-out text are due."""

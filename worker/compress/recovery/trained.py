@@ -3,9 +3,14 @@
 Rounding has no slope, so gradients pass it as if it were not there (straight-through: Bengio et al.
 2013, arXiv:1308.3432); scales learn by what they would change in the rounded weight (LSQ: Esser et
 al. 2020, arXiv:1902.08153), as logarithms, so that one learning rate does for all sizes.
+
+The map may be learned too, for a time: weights that are pruned have gradients as if they were not,
+and of each 16 the largest survive (SR-STE: Zhou et al. 2021, arXiv:2102.04010). Pruned ones decay,
+so that they come back by what they were wanted for lately.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +20,9 @@ from ....kernels.formats import SPAN, Format, PackedWeight
 from ....kernels.layouts import mask_of, pack, scales_of
 from ...model.decoder import Decoder
 from ...model.packed import packed_order, plain_order
+
+LEAK = 0.9
+"""Of a pruned weight's value, what stays of it from one choice of survivors to the next."""
 
 
 class Stored(nn.Module):
@@ -27,16 +35,26 @@ class Stored(nn.Module):
     order: Tensor
     scales: Tensor
     kept: Tensor
+    learns: Tensor
 
     def __init__(
-        self, name: str, packed: PackedWeight, original: Tensor, mask: Tensor | None = None
+        self,
+        name: str,
+        packed: PackedWeight,
+        original: Tensor,
+        mask: Tensor | None = None,
+        remapped: bool = False,
     ) -> None:
         super().__init__()
+        self.remapped = remapped
+        """Whether the map is ever learned; while it is, `learns` is true."""
         self.name = name
         self.format: Format = packed.format
         # No plain number: compiled code is made for the one it has met.
         kept = torch.tensor(packed.format.kept, dtype=torch.uint8, device=packed.device)
         self.register_buffer("kept", kept, persistent=False)
+        learns = torch.tensor(remapped, device=packed.device)
+        self.register_buffer("learns", learns, persistent=False)
         order = _order(plain_order(name, mask_of(packed)), original)
         if mask is not None:
             order = order.masked_fill(~mask, SPAN)
@@ -53,11 +71,20 @@ class Stored(nn.Module):
         """float32 [E?, R, K], exactly as `repacked` will hold it."""
         survives = self.order < self.kept
         if self.growth is None:
-            return _bfloat16(values) * survives
-        scales = self._current(self.growth)[..., None]
-        limit = 2 ** (self.format.bits - 1)
-        steps = (values.unflatten(-1, (-1, self.format.group)) / scales).clamp(-limit, limit - 1)
-        return (_round(steps) * scales).flatten(-2) * survives
+            stored = _bfloat16(values) * survives
+        else:
+            scales, limit = self._current(self.growth)[..., None], 2 ** (self.format.bits - 1)
+            steps = values.unflatten(-1, (-1, self.format.group)) / scales
+            stored = (_round(steps.clamp(-limit, limit - 1)) * scales).flatten(-2) * survives
+        if self.remapped:
+            stored = _also_taught(stored, values, self.learns & ~survives)
+        return stored
+
+    def remap(self, values: Tensor) -> None:
+        """Choose the survivors anew: of each 16 the largest of `values`, what is trained."""
+        with torch.no_grad():
+            values.mul_(torch.where(self.order < self.kept, 1.0, LEAK))
+            self.order.copy_(_places(values.abs()))
 
     def repacked(self, values: Tensor) -> PackedWeight:
         """What is stored of the trained values."""
@@ -78,17 +105,19 @@ def train_packed(
     packed: Mapping[str, PackedWeight],
     values: Mapping[str, Tensor],
     masks: Mapping[str, Tensor],
+    remapped: bool = False,
 ) -> dict[str, Stored]:
     """Let `decoder`, whose weights are plain, train the `packed` ones in the form they have.
 
     `values`, by the same names, tell what to keep longest while sparsity is rising. `masks`, bool
-    [E?, R, K], are for patterns that no format knows: what they leave out is stored as zero. Every
-    other parameter is trained as it is. Returns what holds the maps and scales.
+    [E?, R, K], are for patterns that no format knows: what they leave out is stored as zero. If it
+    is to be `remapped`, the maps are trained until `learns` is false. Every other parameter is
+    trained as it is. Returns what holds the maps and scales.
     """
     stored = {}
     for name, weight in packed.items():
         path, _, attribute = name.rpartition(".")
-        own = Stored(name, weight, values[name], masks.get(name))
+        own = Stored(name, weight, values[name], masks.get(name), remapped)
         module = decoder.get_submodule(path)
         parametrize.register_parametrization(module, attribute, own, unsafe=True)
         stored[name] = own
@@ -105,8 +134,13 @@ def trained_values(decoder: Decoder, name: str) -> nn.Parameter:
 def _order(mask: Tensor, original: Tensor) -> Tensor:
     """uint8 [E?, R, K]: place of each weight among its 16; survivors first, then by magnitude."""
     strength = original.abs().float() / original.abs().max().clamp(min=1e-30) + mask * 2.0
+    return _places(strength)
+
+
+def _places(strength: Tensor) -> Tensor:
+    """uint8 [E?, R, K]: place of each among its 16, the strongest first, then as they stand."""
     falling = strength.unflatten(-1, (-1, SPAN)).argsort(dim=-1, descending=True, stable=True)
-    places = torch.arange(SPAN, dtype=torch.uint8, device=mask.device).expand_as(falling)
+    places = torch.arange(SPAN, dtype=torch.uint8, device=strength.device).expand_as(falling)
     order = torch.empty_like(falling, dtype=torch.uint8).scatter_(-1, falling, places)
     return order.flatten(-2)
 
@@ -119,6 +153,11 @@ def _round(values: Tensor) -> Tensor:
 def _bfloat16(values: Tensor) -> Tensor:
     rounded: Tensor = _Replaced.apply(values, values.detach().bfloat16().float())  # type: ignore[no-untyped-call]
     return rounded
+
+
+def _also_taught(stored: Tensor, values: Tensor, where: Tensor) -> Tensor:
+    same: Tensor = _AlsoTaught.apply(stored, values, where)  # type: ignore[no-untyped-call]
+    return same
 
 
 class _Replaced(torch.autograd.Function):
@@ -134,3 +173,17 @@ class _Replaced(torch.autograd.Function):
     @staticmethod
     def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0], None
+
+
+class _AlsoTaught(torch.autograd.Function):
+    """The first; the second has its gradient where the third is true."""
+
+    @staticmethod
+    def forward(ctx: Any, stored: Tensor, values: Tensor, where: Tensor) -> Tensor:
+        ctx.save_for_backward(where)
+        return stored.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        (where,) = ctx.saved_tensors
+        return gradients[0], gradients[0] * where, None

@@ -79,8 +79,11 @@ class Recovery:
         self._losses = losses
         originals = dict(teacher.named_parameters())
         self._stored: dict[str, Stored] = train_packed(
-            student, packed, {name: originals[name].detach() for name in packed}, masks
+            *(student, packed, {name: originals[name].detach() for name in packed}, masks),
+            remapped=schedule.remap > 0,
         )
+        if masks and schedule.remap:
+            raise ConfigError("a pattern that no format knows cannot be learned: leave remap at 0")
         if schedule.gradual:  # then the student begins as the teacher, and not pruned
             for name in packed:
                 trained_values(student, name).data.copy_(originals[name])
@@ -128,6 +131,7 @@ class Recovery:
             passed = (time.monotonic() - began) / max(until - began, 1e-9)
             before, by_time = self._done, first + (1 - first) * passed
             self._done = min(1.0, max(self._step / schedule.steps, by_time))
+            self._remap()
             look = None
             if schedule.looks_by(self._done) > schedule.looks_by(before):
                 look = self._look(torch.stack(recent).mean(0).tolist(), judged)
@@ -201,9 +205,10 @@ class Recovery:
         return look
 
     def _in_vain(self) -> bool:
-        """Whether the last looks, all with full sparsity, were no better than one before them."""
+        """Whether the last looks, all with the final maps, were no better than one before them."""
         schedule = self.schedule
-        full = [look for look in self.looks if look.done >= schedule.gradual]
+        settled = max(schedule.gradual, schedule.remap)
+        full = [look for look in self.looks if look.done >= settled]
         since = len(full) - 1 - full.index(self.best) if self.best in full else 0
         return since >= schedule.patience
 
@@ -211,14 +216,27 @@ class Recovery:
         for own in self._stored.values():
             own.kept.fill_(self.schedule.kept(done, own.format.kept))
 
+    def _remap(self) -> None:
+        """Choose survivors anew if it is time, and no more once that is over."""
+        for name, own in self._stored.items():
+            if self.schedule.remaps(self._step, self._done):
+                own.remap(trained_values(self.student, name))
+            own.learns.fill_(self._done < self.schedule.remap)
+
+    def _trained(self) -> dict[str, Tensor]:
+        """What training changes, by name: the parameters, and maps if they are learned."""
+        found = {name: own.detach() for name, own in self.student.named_parameters()}
+        if self.schedule.remap > 0:
+            found |= {f"{name} order": own.order for name, own in self._stored.items()}
+        return found
+
     def _values(self) -> dict[str, Tensor]:
-        return {name: own.detach().cpu().clone() for name, own in self.student.named_parameters()}
+        return {name: own.cpu().clone() for name, own in self._trained().items()}
 
     def _restore(self, values: dict[str, Tensor]) -> None:
         self._set_kept(1.0)
-        with torch.no_grad():
-            for name, own in self.student.named_parameters():
-                own.copy_(values[name])
+        for name, own in self._trained().items():
+            own.copy_(values[name])
 
     def _save(self) -> None:
         state = {
@@ -258,6 +276,8 @@ class Recovery:
         self._best_values = state["best_values"]
         self._restore(state["values"])
         self._optimizer.load_state_dict(state["optimizer"])
+        for own in self._stored.values():
+            own.learns.fill_(self._done < self.schedule.remap)
 
 
 def _batches(count: int, schedule: Schedule, done: int) -> Iterator[Tensor]:

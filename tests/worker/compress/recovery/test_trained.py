@@ -73,3 +73,30 @@ def test_a_pattern_that_no_format_knows() -> None:
     own = Stored(NAMES[0], packed, weight, mask)
     assert not own(weight)[~mask].any() and own(weight)[mask].count_nonzero() > mask.sum() * 0.8
     assert torch.equal(unpack(own.repacked(weight)), own(weight).detach())
+
+
+def test_a_map_is_learned_by_what_is_wanted() -> None:
+    """Pruned weights have the gradient of those that are not; scales have none of theirs."""
+    weight = torch.full((1, 64), 0.5)
+    mask = torch.zeros(1, 64, dtype=torch.bool)
+    mask[:, ::16] = True
+    packed = pack(weight, Format.parse("1:16-int4-g64"), mask=mask)
+    own = Stored(NAMES[0], packed, weight, remapped=True)
+    values = unpack(packed).clone().requires_grad_(True)
+    wanted = torch.zeros(1, 64)
+    wanted[:, 3::16] = 0.5
+    optimizer = torch.optim.SGD([values, *own.parameters()], lr=0.2)
+    for step in range(40):
+        ((own(values) - wanted) ** 2).sum().backward()
+        if step == 0:
+            assert values.grad is not None and (values.grad[~mask] == -2 * wanted[~mask]).all()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 5 == 4:
+            own.remap(values)
+    assert torch.equal(mask_of(own.repacked(values)), wanted > 0)
+    assert torch.allclose(own(values), wanted, atol=0.1)
+    own.learns.fill_(False)
+    own(values).sum().backward()
+    assert values.grad is not None and not values.grad[wanted == 0].any()
+    assert torch.equal(unpack(own.repacked(values)), own(values).detach())

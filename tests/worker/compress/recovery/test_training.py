@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conclave.kernels.formats import Format
+from conclave.kernels.formats import Format, PackedWeight
 from conclave.kernels.layouts import mask_of
 from conclave.worker.compress.contents import Contents
 from conclave.worker.compress.layerwise import compress_checkpoint
@@ -87,10 +87,12 @@ def test_it_comes_nearer_with_the_same_maps(
     assert load_compressed(tmp_path / "recovered", config, CPU, torch.float32)
 
 
+@pytest.mark.parametrize("remap", [0.0, 0.7])
 def test_killed_it_goes_on_to_the_same_bytes(
-    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    remap: float, pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    schedule = Schedule(steps=9, sequences=8, at_once=8, gradual=0.3, looks=3)
+    monkeypatch.setattr("conclave.worker.compress.recovery.schedule._BETWEEN", 2)
+    schedule = Schedule(steps=9, sequences=8, at_once=8, gradual=0.3, remap=remap, looks=3)
     recover(pair, tmp_path / "whole", schedule)
 
     def killed(step: int, done: float, look: Look | None) -> None:
@@ -110,6 +112,35 @@ def test_killed_it_goes_on_to_the_same_bytes(
     assert files == {path.name for path in (tmp_path / "again").iterdir()}
     for name in files:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_maps_are_learned_for_a_time(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then they have as many survivors as before, others among them, and do what was judged."""
+    monkeypatch.setattr("conclave.worker.compress.recovery.schedule._BETWEEN", 2)
+    pair = made_of(tiny_checkpoint("3"), tmp_path)
+    schedule = Schedule(
+        steps=12, sequences=8, at_once=4, learning_rate=0.02, text_share=0.0, remap=0.5, looks=6
+    )
+    looks = recover(pair, tmp_path / "recovered", schedule)
+    before, after = contents(pair[0]), contents(tmp_path / "recovered")
+    changed = 0
+    for name, weight in before.items():
+        if isinstance(weight, PackedWeight):
+            masks = mask_of(weight), mask_of(after[name])  # type: ignore[arg-type]
+            kept = [own.unflatten(-1, (-1, 16)).sum(-1) for own in masks]
+            assert torch.equal(*kept), name
+            changed += int((masks[0] != masks[1]).sum())
+    assert changed > 0
+    config = ModelConfig.load(pair[1])
+    student = load_compressed(tmp_path / "recovered", config, CPU, torch.float32, packed=False)
+    teacher = load_decoder(pair[1], config, CPU, torch.float32)
+    judged = text(8, seed=4)
+    with torch.no_grad():
+        divergence = losses(student, [teacher], judged, [hidden_states(teacher, judged)])[0]
+    best = min(look.divergence for look in looks)
+    assert divergence.item() == pytest.approx(best, rel=1e-4)
 
 
 def test_several_teach_together(
@@ -206,8 +237,9 @@ def test_what_cannot_be(pair: tuple[Path, Path], tmp_path: Path) -> None:
         recover(pair, tmp_path / "a", Schedule(sequences=64))
     with pytest.raises(ConfigError, match="steps is 0"):
         Schedule(steps=0)
-    with pytest.raises(ConfigError, match="gradual"):
-        Schedule(gradual=1.5)
+    for name in ("gradual", "remap"):
+        with pytest.raises(ConfigError, match=name):
+            Schedule(**{name: 1.5})  # type: ignore[arg-type]
     (tmp_path / "b.training").write_bytes(b"nonsense")
     with pytest.raises(CheckpointError, match="remove it"):
         recover(pair, tmp_path / "b", Schedule(steps=2, sequences=4))
