@@ -231,18 +231,32 @@ class Streaming(_message.Message):
     def __init__(self, layers: _Optional[int] = ..., slots: _Optional[int] = ..., host_bytes: _Optional[int] = ..., copied_bytes: _Optional[int] = ..., stalled_seconds: _Optional[float] = ...) -> None: ...
 
 class BlockPool(_message.Message):
-    __slots__ = ("window", "blocks", "used", "cached", "narrow")
+    __slots__ = ("window", "blocks", "used", "cached", "narrow", "host")
     WINDOW_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     USED_FIELD_NUMBER: _ClassVar[int]
     CACHED_FIELD_NUMBER: _ClassVar[int]
     NARROW_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
     window: int
     blocks: int
     used: int
     cached: int
     narrow: NarrowPool
-    def __init__(self, window: _Optional[int] = ..., blocks: _Optional[int] = ..., used: _Optional[int] = ..., cached: _Optional[int] = ..., narrow: _Optional[_Union[NarrowPool, _Mapping]] = ...) -> None: ...
+    host: HostPool
+    def __init__(self, window: _Optional[int] = ..., blocks: _Optional[int] = ..., used: _Optional[int] = ..., cached: _Optional[int] = ..., narrow: _Optional[_Union[NarrowPool, _Mapping]] = ..., host: _Optional[_Union[HostPool, _Mapping]] = ...) -> None: ...
+
+class HostPool(_message.Message):
+    __slots__ = ("blocks", "used", "spilled", "restored")
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    USED_FIELD_NUMBER: _ClassVar[int]
+    SPILLED_FIELD_NUMBER: _ClassVar[int]
+    RESTORED_FIELD_NUMBER: _ClassVar[int]
+    blocks: int
+    used: int
+    spilled: int
+    restored: int
+    def __init__(self, blocks: _Optional[int] = ..., used: _Optional[int] = ..., spilled: _Optional[int] = ..., restored: _Optional[int] = ...) -> None: ...
 
 class NarrowPool(_message.Message):
     __slots__ = ("bits", "rows", "used", "layers")

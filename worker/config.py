@@ -52,6 +52,10 @@ class EngineConfig(BaseModel):
     """Tokens the KV cache holds in full-attention layers; None fits it to the memory."""
     kv_memory_gib: float | None = Field(default=None, gt=0)
     """Memory for the KV cache in GiB; None takes a share of what is free after loading."""
+    kv_host_gib: float | None = Field(default=None, gt=0)
+    """Host memory, locked, for keys and values that have lost their place on the device: of
+    sequences that were preempted or sit idle, and of prompts read before. They come back from
+    there instead of being computed again."""
     prefix_cache: bool = True
     """Reuse the KV blocks of a prompt's beginning that an earlier request has computed."""
     max_logprobs: int = Field(default=64, ge=0)
@@ -73,6 +77,19 @@ class EngineConfig(BaseModel):
         names = [name for name, value in given.items() if value is not None]
         if len(names) > 1:
             raise ValueError(f"{' and '.join(names)} both size the KV cache; give one, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _host_blocks_are_found(self) -> "EngineConfig":
+        if self.kv_host_gib is None:
+            return self
+        if not self.prefix_cache:
+            raise ValueError("kv_host_gib keeps what prefix_cache finds: turn that on, or leave it")
+        if self.knobs.max_error is not None:
+            raise ValueError(
+                "kv_host_gib keeps keys and values in the model's dtype only, not yet those that "
+                "knobs.max_error stores in narrow numbers: give one of the two"
+            )
         return self
 
     @model_validator(mode="after")

@@ -233,8 +233,7 @@ class Engine:
             self._closed = True
         self._commands.put(lambda: None)  # wakes the thread up
         self._thread.join()
-        if self.model.runner.stream is not None:
-            self.model.runner.stream.close()
+        self.model.runner.close()
 
     def __enter__(self) -> Self:
         return self

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from .memory.streaming import StreamUse
 from .running.caches import NarrowUse
 from .scheduling.cache import PoolUse
+from .scheduling.tier import TierUse
 
 STALE = 1.0
 """Seconds after which the device is asked again."""
@@ -32,6 +33,8 @@ class Load:
     tokens_per_second: float = 0.0
     narrow: tuple[NarrowUse, ...] = ()
     """For each pool, where keys and values are narrow; up to `STALE` seconds old."""
+    host: tuple[TierUse, ...] = ()
+    """For each pool, where what it forgets is kept on the host."""
     stream: StreamUse | None = None
     """Of layers that do not stay on the device."""
 

@@ -26,6 +26,7 @@ from .model.storage import Storage, storage_of
 from .narrow import expected_token_bytes, key_weights, kv_formats, second_share, token_bytes
 from .precision import Precision
 from .running.caches import NarrowCaches, PlainCaches
+from .running.host_blocks import HostBlocks
 from .running.runner import ModelRunner
 from .scheduling.sizing import CachePlan, plan_cache
 from .text.tokenizer import Tokenizer
@@ -109,8 +110,9 @@ def load_model(config: EngineConfig, progress: Progress | None = None) -> Loaded
         decoder = _decoder(folder, model, device, dtype, format, stream, progress)
         memory = cache_memory(device) if budget is None else budget.cache
         plan, caches, kv_error = _caches(config, model, decoder, memory, device, dtype)
+        host = _host_blocks(plan, caches, model, device)
         undo.pop_all()
-    runner = ModelRunner(decoder, model, caches, config.block_size, device, dtype, stream)
+    runner = ModelRunner(decoder, model, caches, config.block_size, device, dtype, stream, host)
     return LoadedModel(
         config=model,
         runner=runner,
@@ -203,6 +205,16 @@ def _caches(
         *(weights, plan.max_context, error, device),
     )
     return plan, caches, max(format.worst for format in formats)
+
+
+def _host_blocks(
+    plan: CachePlan, caches: PlainCaches | NarrowCaches, model: ModelConfig, device: torch.device
+) -> HostBlocks | None:
+    """Room on the host for what falls out of the cache, if any is asked for."""
+    if not plan.host:
+        return None
+    assert isinstance(caches, PlainCaches), "the settings exclude narrow numbers"
+    return HostBlocks(caches.tensors, cache_groups(model), plan.host, device)
 
 
 def _canonical_json(path: Path) -> bytes:

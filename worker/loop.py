@@ -43,7 +43,8 @@ class EngineLoop:
         self, model: LoadedModel, config: EngineConfig, gone: Callable[[str], None]
     ) -> None:
         blocks = BlockManager(
-            model.windows, model.cache.blocks, config.block_size, config.prefix_cache
+            *(model.windows, model.cache.blocks, config.block_size, config.prefix_cache),
+            host=model.cache.host,
         )
         self.scheduler = Scheduler(blocks, config.max_sequences, config.max_step_tokens)
         self._model = model
@@ -144,6 +145,7 @@ class EngineLoop:
             parked=sum(s.state is State.PARKED for s in present),
             outstanding_tokens=sum(s.max_length - s.computed for s in present),
             pools=scheduler.blocks.use(),
+            host=scheduler.blocks.host_use(),
             prompt_tokens=meter.prompt_tokens,
             cached_tokens=meter.cached_tokens,
             completion_tokens=meter.completion_tokens,
@@ -182,6 +184,8 @@ class EngineLoop:
             self._answers[share.sequence.request_id].start(now)
         chunks = [self._chunk(share) for share in shares]
         runner, blocks = self._model.runner, self.scheduler.blocks
+        if runner.host is not None:
+            runner.host.exchange(blocks.take_moves(), wait=not self.scheduler.arriving)
         runner.renew(blocks.take_renewed())
         runner.wipe(blocks.take_soiled())
         try:

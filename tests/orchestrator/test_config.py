@@ -71,6 +71,16 @@ def test_model_paths_start_beside_the_file(tmp_path: Path) -> None:
             {},
             r"engine: kv_tokens and knobs.memory_budget both size the KV cache",
         ),
+        (
+            [ONE | {"engine": {"model": "m", "kv_host_gib": 1, "prefix_cache": False}}],
+            {},
+            r"engine: kv_host_gib keeps what prefix_cache finds",
+        ),
+        (
+            [ONE | {"engine": {"model": "m", "kv_host_gib": 1, "knobs": {"max_error": 0.01}}}],
+            {},
+            r"engine: kv_host_gib keeps keys and values in the model's dtype only",
+        ),
         ([ONE | {"name": "a b"}], {}, r"workers\[0\].name: .*'a b'"),
         ([ONE | {"resources": {"num_gpus": "many"}}], {}, r"resources.num_gpus.*'many'"),
         ([ONE, ONE], {}, "given twice: a"),

@@ -13,6 +13,7 @@ import torch
 from conclave.worker import Engine
 from conclave.worker.errors import (
     Cancelled,
+    ConfigError,
     DeadlineExceeded,
     InvalidRequest,
     Overloaded,
@@ -96,6 +97,42 @@ def test_many_at_once_equal_one_at_a_time(
     assert cached == alone and engine.load.cached_tokens > 0
     squeezed, engine = run(True, kv_tokens=120, max_step_tokens=24)
     assert squeezed == alone and engine.load.preemptions > 0
+    spilled, engine = run(True, kv_tokens=120, max_step_tokens=24, kv_host_gib=0.01)
+    assert spilled == alone and engine.load.preemptions > 0
+    assert sum(use.restored for use in engine.load.host) > 0
+
+
+def test_idle_sequences_come_back_from_the_host(tiny_checkpoint: TinyCheckpoint) -> None:
+    """More of them than the cache holds, each stepped in turn; little is computed twice."""
+    asked = prompts(6)
+
+    def run(**settings: object) -> tuple[list[list[int]], int]:
+        with Engine(tiny_checkpoint(3), **{**SMALL, "max_sequences": 8, **settings}) as engine:
+            forward, computed = engine.model.runner.forward, 0
+
+            def counted(chunks: list[Any]) -> torch.Tensor:
+                nonlocal computed
+                computed += sum(len(chunk.tokens) for chunk in chunks)
+                return forward(chunks)
+
+            engine.model.runner.forward = counted  # type: ignore[method-assign,assignment]
+            answers = []
+            for _ in range(3):
+                for prompt in asked:
+                    done = engine.generate(prompt, max_tokens=12, temperature=0.0, ignore_eos=True)
+                    answers.append(done.token_ids)
+            return answers, computed
+
+    roomy, least = run()
+    tight, most = run(kv_tokens=104)
+    spilled, again = run(kv_tokens=104, kv_host_gib=0.01)
+    assert roomy == tight == spilled
+    assert most > 1.5 * least and again < 1.1 * least
+
+
+def test_the_host_is_too_small(tiny_checkpoint: TinyCheckpoint) -> None:
+    with pytest.raises(ConfigError, match="give at least"):
+        Engine(tiny_checkpoint(3), **SMALL, kv_host_gib=1e-7)
 
 
 def test_greedy_equals_transformers(

@@ -15,26 +15,31 @@ from torch import Tensor
 from ..errors import ConfigError
 from .plan import gib
 
+STREAMED = "a layer that is streamed"
+FEWER = "or raise knobs.memory_budget so that fewer layers are streamed"
+
 
 class HostBlock:
     """Bytes in pages of their own.
 
     Args:
         size: in bytes.
+        use: what they are for, in the words of errors.
+        remedy: what else the user may do if the host refuses.
 
     Raises:
         ConfigError: the host has no such memory.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, use: str = STREAMED, remedy: str = FEWER) -> None:
+        self._use, self._remedy = use, remedy
         try:
             # Private, so that it counts as the process's own and not as shared memory.
             pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             pages.madvise(mmap.MADV_HUGEPAGE)  # sooner filled and locked
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"the host has no {gib(size)} for a layer that is streamed ({error}); free some, "
-                "or raise knobs.memory_budget so that fewer layers are"
+                f"the host has no {gib(size)} for {use} ({error}); free some, {remedy}"
             ) from error
         self.memory: Tensor = torch.frombuffer(pages, dtype=torch.uint8)
         """uint8 [size]; keeps the pages."""
@@ -52,7 +57,8 @@ class HostBlock:
         """
         status = torch.cuda.cudart().cudaHostRegister(self.memory.data_ptr(), self.size, 0)
         if int(status) != 0:
-            raise ConfigError(refusal(self.size, torch.cuda.cudart().cudaGetErrorString(status)))
+            reason = torch.cuda.cudart().cudaGetErrorString(status)
+            raise ConfigError(refusal(self.size, reason, self._use, self._remedy))
         self._locked = True
 
     def close(self) -> None:
@@ -63,12 +69,11 @@ class HostBlock:
         self.memory = torch.empty(0, dtype=torch.uint8)
 
 
-def refusal(size: int, reason: str) -> str:
+def refusal(size: int, reason: str, use: str = STREAMED, remedy: str = FEWER) -> str:
     """What to do where the host locks no memory."""
     limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     allowed = "unlimited" if limit == resource.RLIM_INFINITY else gib(limit)
     return (
-        f"the host does not lock {gib(size)} more for a layer that is streamed ({reason}); the "
-        f"process may lock {allowed} (`ulimit -l`): raise that, or the container's memory limit, "
-        "or knobs.memory_budget so that fewer layers are streamed"
+        f"the host does not lock {gib(size)} more for {use} ({reason}); the process may lock "
+        f"{allowed} (`ulimit -l`): raise that, or the container's memory limit, {remedy}"
     )

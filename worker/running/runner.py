@@ -15,6 +15,7 @@ from ..model.config import ModelConfig, cache_groups
 from ..model.decoder import Decoder
 from .batch import Chunk, Step, build_step
 from .caches import Caches, NarrowCaches, PlainCaches
+from .host_blocks import HostBlocks
 from .recording import RecordedDecode, can_record
 
 
@@ -29,6 +30,7 @@ class ModelRunner:
         device: where all is.
         dtype: of the queries.
         stream: of the layers that do not stay on the device, if there are any.
+        host: room on the host for blocks that fall out of the caches, if there is some.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class ModelRunner:
         device: torch.device,
         dtype: torch.dtype,
         stream: LayerStream | None = None,
+        host: HostBlocks | None = None,
     ) -> None:
         self.decoder = decoder.requires_grad_(False)
         self.config = config
@@ -47,6 +50,7 @@ class ModelRunner:
         self.block_size = block_size
         self.device = device
         self.stream = stream
+        self.host = host
         self.groups = cache_groups(config)
         self.windows = [group.window for group in self.groups]
         # Kernels mask as they go.
@@ -84,6 +88,12 @@ class ModelRunner:
             failed = _owners(step, self.caches.failed())
             self.overfull = [number for number in failed if number not in self.broken]
         return self._logits(step, hidden)
+
+    def close(self) -> None:
+        """Release what lies on the host; nothing may run any more."""
+        for own in (self.stream, self.host):
+            if own is not None:
+                own.close()
 
     @torch.inference_mode()
     def renew(self, blocks: Sequence[Sequence[int]]) -> None:

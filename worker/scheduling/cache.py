@@ -4,7 +4,8 @@ Layers with the same window form a group with a pool of its own, as in vLLM's hy
 blocks of sliding layers go back to their pool once the window has passed them, so those layers cost
 a constant per sequence. A full block is known by a hash chained over all tokens before it; freed
 blocks keep their content until they are needed (least recently freed first), which is the prefix
-cache. What it gives up: blocks shorter than `block_size` are never shared.
+cache; what has to go then may go on in host memory (`tier.py`). What it gives up: blocks shorter
+than `block_size` are never shared.
 """
 
 from array import array
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 from .sequence import Sequence
+from .tier import HostPool, Moves, TierUse
 
 SLID = -1
 """Table entry of a block that the window has passed."""
@@ -30,16 +32,17 @@ class PoolUse:
 
 
 class BlockPool:
-    """Blocks of one cache group: reference counts and reusable contents."""
+    """Blocks of one cache group: reference counts and reusable contents, some on the `host`."""
 
-    def __init__(self, blocks: int) -> None:
-        self.blocks = blocks
+    def __init__(self, blocks: int, host: HostPool | None = None) -> None:
+        self.blocks, self.host = blocks, host
         self._free: OrderedDict[int, None] = OrderedDict((b, None) for b in range(blocks))
         self._references = [0] * blocks
         self._hash: list[bytes | None] = [None] * blocks
         self._by_hash: dict[bytes, int] = {}
         self.cached = 0
         """Free blocks that still hold a reusable prefix."""
+        self._passed: set[int] = set()  # free, and not worth a place on the host
         self._distrusted: set[int] = set()
         self._soiled: list[int] = []
         self._renewed: list[int] = []
@@ -53,14 +56,40 @@ class BlockPool:
         """The block that holds this content, if any."""
         return self._by_hash.get(content)
 
-    def is_free(self, block: int) -> bool:
-        """Whether no sequence holds the block."""
-        return self._references[block] == 0
+    def holds(self, content: bytes) -> bool:
+        """Whether this content is here, or on the host."""
+        return content in self._by_hash or (self.host is not None and self.host.holds(content))
 
-    def acquire(self, block: int) -> None:
-        """Take one more reference to a block that `find` has found."""
+    def price(self, content: bytes) -> int:
+        """Free blocks that `take` needs for this content: none if a sequence holds it."""
+        block = self.find(content)
+        return int(block is None or self._references[block] == 0)
+
+    def take(self, contents: Items[bytes]) -> list[int]:
+        """One more reference to a block with each of these contents, all of which `holds` has.
+
+        What lies on the host is in its block once the moves are made.
+        """
+        found = [self.find(content) for content in contents]
+        for block in found:
+            if block is not None:
+                self._acquire(block)
+        if self.host is None:
+            return [block for block in found if block is not None]
+        lost = [content for content, block in zip(contents, found, strict=True) if block is None]
+        slots = {content: self.host.claim(content) for content in lost}
+        blocks = iter([self.allocate() for _ in lost])
+        taken = [next(blocks) if block is None else block for block in found]
+        for content, block in zip(contents, taken, strict=True):
+            if content in slots:
+                self.host.restore(slots[content], block)
+                self.remember(block, content)
+        return taken
+
+    def _acquire(self, block: int) -> None:
         if self._references[block] == 0:
             del self._free[block]
+            self._passed.discard(block)
             self.cached -= 1
         self._references[block] += 1
 
@@ -72,16 +101,23 @@ class BlockPool:
             del self._by_hash[content]
             self._hash[block] = None
             self.cached -= 1
+        if self.host is not None:
+            self.host.abandon(block)
+            if content is not None and block not in self._passed:
+                self.host.spill(block, content)
+        self._passed.discard(block)
         self._references[block] = 1
         self._renewed.append(block)
         return block
 
-    def release(self, block: int) -> None:
-        """Give one reference back."""
+    def release(self, block: int, passed: bool = False) -> None:
+        """Give one reference back; `passed` if a window has, and nobody is likely to come again."""
         assert self._references[block] > 0, "released a block that nobody holds"
         self._references[block] -= 1
         if self._references[block] == 0:
             self._free[block] = None
+            if passed:
+                self._passed.add(block)
             if block in self._distrusted:
                 self._distrusted.remove(block)
                 self._soiled.append(block)
@@ -139,6 +175,8 @@ class BlockManager:
         blocks: blocks in each group's pool.
         block_size: tokens in a block.
         prefix_cache: whether computed blocks are kept for reuse.
+        host: for each group, blocks' room in host memory for what its pool forgets; empty if there
+            is none, and always without `prefix_cache`.
     """
 
     def __init__(
@@ -147,9 +185,12 @@ class BlockManager:
         blocks: Items[int],
         block_size: int,
         prefix_cache: bool,
+        host: Items[int] = (),
     ) -> None:
         self.windows = tuple(windows)
-        self.pools = tuple(BlockPool(count) for count in blocks)
+        tiers: Items[HostPool | None] = [HostPool(slots) for slots in host]
+        tiers = tiers or [None] * len(blocks)
+        self.pools = tuple(map(BlockPool, blocks, tiers))
         self.block_size = block_size
         self.prefix_cache = prefix_cache
 
@@ -174,11 +215,7 @@ class BlockManager:
         for group, pool in enumerate(self.pools):
             first = self._first_needed(group, hits * self.block_size)
             sequence.tables[group].extend([SLID] * first)
-            for index in range(first, hits):
-                block = pool.find(sequence.block_hashes[index])
-                assert block is not None
-                pool.acquire(block)
-                sequence.tables[group].append(block)
+            sequence.tables[group].extend(pool.take(sequence.block_hashes[first:hits]))
         sequence.computed = hits * self.block_size
         extended = self.extend(sequence, min(sequence.computed + chunk, len(sequence.tokens)))
         assert extended, "admitted a sequence that does not fit"
@@ -225,6 +262,8 @@ class BlockManager:
                 block = pool.find(content)
                 if block is not None:
                     pool.distrust(block)
+                if pool.host is not None:
+                    pool.host.forget(content)
         for pool, table in zip(self.pools, sequence.tables, strict=False):
             for block in table:
                 if block != SLID:
@@ -239,6 +278,19 @@ class BlockManager:
         """For each pool the blocks whose content nobody needs any more; told once."""
         return [pool.take_renewed() for pool in self.pools]
 
+    @property
+    def restoring(self) -> bool:
+        """Whether blocks of a sequence that was admitted are on their way from the host."""
+        return any(pool.host is not None and pool.host.restoring for pool in self.pools)
+
+    def take_moves(self) -> tuple[Moves, ...]:
+        """For each pool the copies to and from the host, before the next step; told once."""
+        return tuple(pool.host.take_moves() for pool in self.pools if pool.host is not None)
+
+    def host_use(self) -> tuple[TierUse, ...]:
+        """How full the host's tier of each pool is; empty if there is none."""
+        return tuple(pool.host.use() for pool in self.pools if pool.host is not None)
+
     def forget(self) -> None:
         """Give the prefix cache up, but for what sequences hold."""
         for pool in self.pools:
@@ -251,9 +303,12 @@ class BlockManager:
 
     def _slide(self, sequence: Sequence, group: int) -> None:
         table = sequence.tables[group]
+        # Who asks the same again begins behind the prompt's last full block.
+        hits = (sequence.prompt_length - 1) // self.block_size
+        prompt = range(self._first_needed(group, hits * self.block_size), hits)
         index = min(self._first_needed(group, sequence.computed), len(table)) - 1
         while index >= 0 and table[index] != SLID:
-            self.pools[group].release(table[index])
+            self.pools[group].release(table[index], passed=index not in prompt)
             table[index] = SLID
             index -= 1
 
@@ -288,18 +343,18 @@ class BlockManager:
 
     def _prefix_in_group(self, sequence: Sequence, group: int, limit: int) -> int:
         """The longest prefix of at most `limit` blocks for which this group has what is needed."""
-        found = self.pools[group].find
+        holds = self.pools[group].holds
         hashes = sequence.block_hashes
         if self.windows[group] is None:
             held = 0
-            while held < limit and found(hashes[held]) is not None:
+            while held < limit and holds(hashes[held]):
                 held += 1
             return held
         end = limit
         while end > 0:
             index = end - 1
             first = self._first_needed(group, end * self.block_size)
-            while index >= first and found(hashes[index]) is not None:
+            while index >= first and holds(hashes[index]):
                 index -= 1
             if index < first:
                 return end
@@ -310,8 +365,7 @@ class BlockManager:
         size, total = self.block_size, len(sequence.tokens)
         for group, pool in enumerate(self.pools):
             first = self._first_needed(group, hits * size)
-            reused = [pool.find(content) for content in sequence.block_hashes[first:hits]]
-            taken = sum(block is not None and pool.is_free(block) for block in reused)
+            taken = sum(map(pool.price, sequence.block_hashes[first:hits]))
             end = total if self.windows[group] is None else min(total, hits * size + chunk)
             if taken + -(-end // size) - hits > pool.free:
                 return False

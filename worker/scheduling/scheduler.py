@@ -2,7 +2,8 @@
 
 Each step has a budget of tokens. Decoding sequences come first, one token each; what is left goes
 to prompts in order of arrival, cut into chunks. If blocks run out, the latest arrival gives its
-blocks up and is computed again later (recompute preemption, vLLM, SOSP 2023, section 4.5).
+blocks up; later it is computed again (recompute preemption, vLLM, SOSP 2023, section 4.5), but for
+what has found a place in host memory. That comes back while the others run a step.
 
 A sequence whose caller steps it is parked between two steps. It keeps its place like a running one
 for as long as a caller that is at work needs to answer; taken away at once, every one of its tokens
@@ -49,6 +50,8 @@ class Scheduler:
         self.preemptions = 0
         self.most = max_sequences
         """Sequences that may hold blocks: fewer for a while, when they have been too many."""
+        self.arriving = False
+        """Whether the last step leaves a sequence out whose blocks come from the host meanwhile."""
 
     def add(self, sequence: Sequence) -> None:
         """Put a new sequence at the end of the queue."""
@@ -83,6 +86,7 @@ class Scheduler:
             now: on the clock that `park` was given.
         """
         step = _Step(self.max_step_tokens, now)
+        self.arriving = False
         preempted_before = self.preemptions
         decoding = [s for s in self.running if s.remaining == 1]
         prefilling = [s for s in self.running if s.remaining > 1]
@@ -173,7 +177,12 @@ class Scheduler:
                 sequence.cached = sequence.computed
             sequence.state = State.RUNNING
             self._insert(sequence)
-            step.add(sequence, min(sequence.remaining, step.budget))
+            if self.blocks.restoring:
+                self.arriving = bool(step.counts)
+            if not self.arriving:
+                step.add(sequence, min(sequence.remaining, step.budget))
+            if self.blocks.restoring:  # whoever comes next might read the same blocks
+                break
         self.waiting.extendleft(reversed(held))
 
     def _enter(self, sequence: Sequence, step: "_Step") -> bool:

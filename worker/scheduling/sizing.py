@@ -13,6 +13,9 @@ from ..errors import ConfigError
 from ..model.config import CacheGroup
 
 _DEFAULT_CONTEXT = 8192
+HOST_BUFFER = 1 << 24
+"""Bytes on the device that blocks pass on their way to the host and back, or one block's if that
+is more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +25,8 @@ class CachePlan:
     max_context: int
     blocks: tuple[int, ...]
     bytes: int
+    host: tuple[int, ...] = ()
+    """Blocks of each group in host memory, if any is set aside for them."""
 
 
 def plan_cache(
@@ -67,7 +72,30 @@ def plan_cache(
                 f"{need * size}; raise {remedy}, or lower max_context"
             )
     total = sum(count * each for count, each in zip(blocks, block_bytes, strict=True))
-    return CachePlan(context, tuple(blocks), total)
+    host = plan_host(config, groups, context, token_bytes)
+    return CachePlan(context, tuple(blocks), total, host)
+
+
+def plan_host(
+    config: EngineConfig, groups: Sequence[CacheGroup], context: int, token_bytes: Sequence[int]
+) -> tuple[int, ...]:
+    """Blocks of each cache group in `kv_host_gib` of host memory; empty if that is not set.
+
+    Whole sequences of `context` tokens, and a part of one. Raises ConfigError if not even a block
+    of each group fits.
+    """
+    if config.kv_host_gib is None:
+        return ()
+    blocks = [_blocks_of_one(group, context, config) for group in groups]
+    one = config.block_size * sum(map(mul, blocks, token_bytes))
+    slots = tuple(int(config.kv_host_gib * 2**30 * count / one) for count in blocks)
+    if 0 in slots:
+        least = max(one / count for count in blocks) / 2**30
+        raise ConfigError(
+            f"kv_host_gib {config.kv_host_gib} holds no block of each kind of layer: give at least "
+            f"{least:.2g}"
+        )
+    return slots
 
 
 def cache_bytes(

@@ -238,8 +238,9 @@ def load(state: Load, step_age: float, draining: bool) -> worker_pb2.GetLoadResp
                 used=pool.used,
                 cached=pool.cached,
                 narrow=None if narrow is None else worker_pb2.NarrowPool(**asdict(narrow)),
+                host=None if host is None else worker_pb2.HostPool(**asdict(host)),
             )
-            for pool, narrow in zip_longest(state.pools, state.narrow)
+            for pool, narrow, host in zip_longest(state.pools, state.narrow, state.host)
         ],
         prompt_tokens=state.prompt_tokens,
         cached_tokens=state.cached_tokens,

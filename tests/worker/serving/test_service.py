@@ -137,6 +137,23 @@ def test_describe_and_load(worker: Any) -> None:
     call.cancel()
 
 
+def test_load_tells_what_lies_on_the_host(text_checkpoint: Path) -> None:
+    engine = EngineConfig(
+        model=text_checkpoint, max_context=64, kv_tokens=64, block_size=4, kv_host_gib=0.01
+    )
+    server = WorkerServer(WorkerConfig(name="small", engine=engine))
+    try:
+        for start in (5, 40, 5):
+            prompt = [start + number for number in range(30)]
+            server.engine.generate(prompt, max_tokens=8, ignore_eos=True)
+        stub = WorkerServiceStub(grpc.insecure_channel(server.address))
+        pools = stub.GetLoad(worker_pb2.GetLoadRequest()).pools
+        assert pools[0].host.blocks > pools[0].host.used > 0
+        assert pools[0].host.spilled > 0 and pools[0].host.restored > 0
+    finally:
+        server.stop()
+
+
 def test_weights_that_are_less_than_asked_refuse(text_checkpoint: Path) -> None:
     engine = EngineConfig(
         model=text_checkpoint,
