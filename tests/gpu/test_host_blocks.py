@@ -48,7 +48,7 @@ def test_answers_are_the_same_through_the_host() -> None:
     settings: dict[str, Any] = {"device": "cuda", "max_context": 1024, "max_sequences": 16}
     asked = [[number] * (300 + 7 * number) for number in range(5, 25)]
 
-    def run(**more: object) -> tuple[list[list[int]], Engine]:
+    def run(**more: Any) -> tuple[list[list[int]], Engine]:
         with Engine(MODEL, **settings, **more) as engine:
             answers = []
             for _ in range(2):
