@@ -16,6 +16,8 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
+from . import emulated_ptx
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -38,6 +40,21 @@ def put_own_forms(package: Any, builder: Any, scope: Any) -> None:
 
 
 interpreter._patch_builtin = put_own_forms
+
+
+def emulate(
+    _: Any, text: str, constraints: str, handles: list[Any], types: Any, pure: bool, pack: int
+) -> emulated_ptx.Emulated:
+    """Inline assembly, which the interpreter has not."""
+    assert pack == 1
+    made = emulated_ptx.run(text, constraints, [handle.data for handle in handles])
+    kinds = {"float32": tl.float32, "int32": tl.int32}
+    return emulated_ptx.Emulated(
+        [interpreter.TensorHandle(own, kinds[str(own.dtype)]) for own in made]
+    )
+
+
+interpreter.InterpreterBuilder.create_inline_asm = emulate
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
