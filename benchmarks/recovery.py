@@ -2,10 +2,11 @@
 
 Trains first, as many jobs side by side as there are GPUs: `recover-NAME` compresses a model of
 `examples/models` and trains what is left, taught by all three; `control-NAME` trains a dense one
-afresh for as many tokens as both trainings had, as the original may be better with more. Then all
-are scored on all held-out documents. A ratio is that of a recovered model's perplexity and the
-least of a dense one of its shape. WORK is what `python -m examples.train_model corpus` and `encode`
-have made. Given up: more than one seed.
+afresh for as many tokens as both trainings had, if there is time for them, as the original may be
+better with more. What became of it is kept in `results/controls`, so that it is not trained again
+for every other way to recover. All are scored on all held-out documents; a ratio is that of a
+recovered model's perplexity and the least of a dense one of its shape. WORK is what
+`python -m examples.train_model corpus` and `encode` have made. Given up: more than one seed.
 """
 
 import argparse
@@ -31,11 +32,13 @@ from conclave.worker.compress.quality.report import stored_weights
 from examples.debian_model.checkpoint import load_model
 from examples.debian_model.corpus import HELD_OUT
 from examples.debian_model.encoding import Encoded
-from examples.debian_model.scoring import Score, score
+from examples.debian_model.scoring import score
 from examples.debian_model.shapes import SHAPES, ShapeName
 
-from .records import HEADLINE, write_headline, write_result
+from .records import HEADLINE, RESULTS, write_headline, write_result
 
+CONTROLS = RESULTS / "controls"
+"""What is known of dense models that were trained longer, by name."""
 MODELS = Path("examples/models")
 EPOCHS = 28.0
 """Of recovery, at most: as many as there is time for."""
@@ -50,8 +53,8 @@ FEWEST = 2000
 """Held-out tokens of a language that is judged by itself."""
 SECONDS = 570.0
 console = Console(stderr=True)
-Scores = Mapping[str, Score]
-"""By language, and `overall`."""
+Figures = Mapping[str, Mapping[str, float]]
+"""By language, and `overall`: tokens, perplexity and more."""
 
 
 @dataclass(frozen=True)
@@ -70,31 +73,43 @@ def main() -> None:
     parser.add_argument("--job", action="append", help="train this one alone; repeatable")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="jobs end by then")
     parser.add_argument("--epochs", type=float, default=EPOCHS, help="of recovery, at most")
+    parser.add_argument(
+        "--also", action="append", default=[], help="one more option of `compress`; repeatable"
+    )
     parser.add_argument("--judge", action="store_true", help="train nothing")
     parser.add_argument("--out", type=Path, help="a folder that gets a copy of what is written")
     options = parser.parse_args()
     if not options.judge:
-        jobs = jobs_of(options.work, options.models, options.epochs)
+        jobs = jobs_of(options.work, options.models, options.epochs, options.also)
         chosen = [job for job in jobs if job.name in (options.job or [each.name for each in jobs])]
         if not chosen:
             parser.error(f"no such job; there are {', '.join(job.name for job in jobs)}")
         options.models.mkdir(parents=True, exist_ok=True)
         gpus = [str(index) for index in range(torch.cuda.device_count())] or [""]
         side_by_side(chosen, gpus, options.seconds, options.models)
+    keep_controls(options.models)
     rows = judge(options.work, options.models)
     for row in rows:
         console.print_json(json.dumps(row))
     save(rows, options.out)
 
 
-def jobs_of(work: Path, target: Path, epochs: float) -> list[Job]:
-    """Recoveries first."""
+def jobs_of(work: Path, target: Path, epochs: float, also: Sequence[str] = ()) -> list[Job]:
+    """Recoveries first, with the options that they take `also`."""
     route = (sys.executable, "-m", "examples.train_model")
     recoveries, controls = [], []
     for name, kind in KINDS.items():
         teachers = [f"--teacher={MODELS / other}" for other in KINDS if other != name]
         more = f"--epochs={epochs}", f"--work={work}"
-        recover = (*route, "compress", str(MODELS / name), str(target / name), *more, *teachers)
+        recover = (
+            *route,
+            "compress",
+            str(MODELS / name),
+            str(target / name),
+            *more,
+            *teachers,
+            *also,
+        )
         recoveries.append(Job(f"recover-{name}", recover))
         both = SHAPES[kind].recipe.epochs + epochs
         folder = target / f"control-{name}"
@@ -149,6 +164,15 @@ def _run(job: Job, gpu: str, seconds: float, log: Path) -> str:
     return told
 
 
+def keep_controls(folder: Path) -> None:
+    """Note what became of the controls in a folder."""
+    CONTROLS.mkdir(parents=True, exist_ok=True)
+    for name in KINDS:
+        evaluation = folder / f"control-{name}" / "evaluation.json"
+        if evaluation.exists():
+            shutil.copy(evaluation, CONTROLS / f"{name}.json")
+
+
 def judge(work: Path, folder: Path) -> list[dict[str, Any]]:
     """A row for each recovered model that there is."""
     held_out = Encoded.load(work / f"{HELD_OUT}.npz")
@@ -156,14 +180,17 @@ def judge(work: Path, folder: Path) -> list[dict[str, Any]]:
     for name in KINDS:
         if not (folder / name / "conclave.json").exists():
             continue
-        candidates = [MODELS / name, folder / f"control-{name}"]
-        dense = {
-            str(each): _scores(each, held_out)
-            for each in candidates
-            if (each / "model.safetensors").exists()
+        records = {
+            "original": MODELS / name / "evaluation.json",
+            "control": CONTROLS / f"{name}.json",
         }
-        recovered = _scores(folder / name, held_out)
-        one_shot = _scores(folder / f"{name}-one-shot", held_out)
+        dense = {
+            who: json.loads(record.read_text())["heldout"]
+            for who, record in records.items()
+            if record.exists()
+        }
+        recovered = _scored(folder / name, held_out)
+        one_shot = _scored(folder / f"{name}-one-shot", held_out)
         weights = [each for each in stored_weights(folder / name) if each.layer is not None]
         row = verdict(name, recovered, one_shot, dense)
         pruned = sum(each.weights * each.sparsity for each in weights)
@@ -171,43 +198,38 @@ def judge(work: Path, folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _scores(folder: Path, held_out: Encoded) -> Scores:
-    """Of a dense or compressed checkpoint, in float32."""
+def _scored(folder: Path, held_out: Encoded) -> Figures:
+    """Of a compressed checkpoint, in float32."""
     budget = 65_536 if torch.cuda.is_available() else 4_096
     with tempfile.TemporaryDirectory() as temporary:
-        plain = folder
-        if (folder / "conclave.json").exists():
-            plain = Path(temporary) / "plain"
-            export_checkpoint(folder, plain, "dense", exact=True)
+        plain = Path(temporary) / "plain"
+        export_checkpoint(folder, plain, "dense", exact=True)
         model = load_model(plain)
-    return score(model.to("cuda" if torch.cuda.is_available() else "cpu"), held_out, budget)
+    scores = score(model.to("cuda" if torch.cuda.is_available() else "cpu"), held_out, budget)
+    return {language: own.figures() for language, own in scores.items()}
 
 
 def verdict(
-    name: str, recovered: Scores, one_shot: Scores, dense: Mapping[str, Scores]
+    name: str, recovered: Figures, one_shot: Figures, dense: Mapping[str, Figures]
 ) -> dict[str, Any]:
     """Perplexities, and their ratios to those of the dense model that is best overall."""
-    best = min(dense, key=lambda each: _perplexity(dense[each], "overall"))
+    best = min(dense, key=lambda each: dense[each]["overall"]["perplexity"])
     ratios = {
-        language: _perplexity(recovered, language) / _perplexity(dense[best], language)
+        language: own["perplexity"] / dense[best][language]["perplexity"]
         for language, own in recovered.items()
-        if own.tokens >= FEWEST or language == "overall"
+        if own["tokens"] >= FEWEST or language == "overall"
     }
     worst = max((each for each in ratios if each != "overall"), key=ratios.__getitem__, default="")
     return {
         "model": name,
-        "perplexity": _perplexity(recovered, "overall"),
-        "one_shot_perplexity": _perplexity(one_shot, "overall"),
-        "dense_perplexity": {each: _perplexity(own, "overall") for each, own in dense.items()},
+        "perplexity": recovered["overall"]["perplexity"],
+        "one_shot_perplexity": one_shot["overall"]["perplexity"],
+        "dense_perplexity": {each: own["overall"]["perplexity"] for each, own in dense.items()},
         "best_dense": best,
         "ratio": ratios["overall"],
         "ratio_by_language": ratios,
         "worst_language": worst,
     }
-
-
-def _perplexity(scores: Scores, language: str) -> float:
-    return scores[language].figures()["perplexity"]
 
 
 def save(rows: Sequence[dict[str, Any]], out: Path | None) -> None:

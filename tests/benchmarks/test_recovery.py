@@ -1,13 +1,11 @@
 """Jobs side by side, and what is judged of their models."""
 
-import math
 import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks.recovery import KINDS, Job, jobs_of, side_by_side, verdict
-from examples.debian_model.scoring import Score
 
 SHOW = "import os; print('gpu', os.environ['CUDA_VISIBLE_DEVICES'])"
 
@@ -45,11 +43,10 @@ def test_commands_are_those_of_the_route(tmp_path: Path) -> None:
         assert "training.npz" in told.replace("\n", "") and "Usage" not in told
 
 
-def scores(**perplexities: float) -> dict[str, Score]:
+def scores(**perplexities: float) -> dict[str, dict[str, float]]:
     sizes = {"overall": 9000, "de": 5000, "fr": 3000, "eo": 100}
     return {
-        name: Score(1, sizes[name], 1, sizes[name] * math.log(value))
-        for name, value in perplexities.items()
+        name: {"tokens": sizes[name], "perplexity": value} for name, value in perplexities.items()
     }
 
 
