@@ -184,10 +184,10 @@ class EngineLoop:
             self._answers[share.sequence.request_id].start(now)
         chunks = [self._chunk(share) for share in shares]
         runner, blocks = self._model.runner, self.scheduler.blocks
-        if runner.host is not None:
-            runner.host.exchange(blocks.take_moves(), wait=not self.scheduler.arriving)
         runner.renew(blocks.take_renewed())
         runner.wipe(blocks.take_soiled())
+        if runner.host is not None:  # now, as what comes may come into a block that was wiped
+            runner.host.exchange(blocks.take_moves(), wait=not self.scheduler.arriving)
         try:
             logits = runner.forward(chunks)[:, : self._model.vocabulary]
         except Exception as error:

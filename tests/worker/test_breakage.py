@@ -28,10 +28,17 @@ def expected(tiny_checkpoint: TinyCheckpoint) -> list[list[int]]:
         return [engine.generate(prompt, **ASKED).token_ids for prompt in PROMPTS]
 
 
-@pytest.fixture(params=[True, False], ids=["prefix cache", "no prefix cache"])
+TIGHT = {"kv_tokens": 96, "kv_host_gib": 0.01}
+"""So few that most blocks go to the host and come back."""
+
+
+@pytest.fixture(
+    params=[{"prefix_cache": True}, {"prefix_cache": False}, TIGHT],
+    ids=["prefix cache", "no prefix cache", "host"],
+)
 def engine(tiny_checkpoint: TinyCheckpoint, request: Any) -> Iterator[Engine]:
     """A model that makes NaN of one token; input and output embeddings are apart."""
-    settings = {**SMALL, "prefix_cache": request.param, "max_step_tokens": 16}
+    settings = {**SMALL, **request.param, "max_step_tokens": 16}
     with Engine(tiny_checkpoint(8), **settings) as engine:
         engine.model.runner.decoder.embedding.weight[POISON] = torch.nan
         yield engine

@@ -172,15 +172,17 @@ def test_made_tokens_that_cannot_be_are_refused(
     assert [violation.field for violation in caught.value.violations] == [field]
 
 
-@pytest.mark.parametrize("prefix_cache", [True, False])
+@pytest.mark.parametrize(
+    "how", [{"prefix_cache": True}, {"prefix_cache": False}, {"kv_host_gib": 0.01}]
+)
 def test_many_taken_over_at_once_under_preemption(
-    text_checkpoint: Path, prefix_cache: bool
+    text_checkpoint: Path, how: dict[str, Any]
 ) -> None:
     asked: dict[str, Any] = {"max_tokens": 30, "seed": 3, "temperature": 1.0, "ignore_eos": True}
     prompts = [[20 + number, 30, 40] for number in range(12)]
     with Engine(text_checkpoint, **SMALL) as roomy:
         whole = [roomy.generate(prompt, **asked).token_ids for prompt in prompts]
-    tight = {**SMALL, "kv_tokens": 120, "max_step_tokens": 24, "prefix_cache": prefix_cache}
+    tight = {**SMALL, "kv_tokens": 120, "max_step_tokens": 24, **how}
     with Engine(text_checkpoint, **tight) as engine:
         streams = [
             engine.resume(prompt, [Made(tuple(ids[: 2 * number]))], **asked)

@@ -269,16 +269,18 @@ def test_closing_the_engine_ends_steps(text_checkpoint: Path) -> None:
         stepper.take([20])
 
 
-@pytest.mark.parametrize("prefix_cache", [True, False])
+@pytest.mark.parametrize(
+    "how", [{"prefix_cache": True}, {"prefix_cache": False}, {"kv_host_gib": 0.01}]
+)
 def test_thirty_steppers_among_others_in_a_tiny_pool(
-    text_checkpoint: Path, prefix_cache: bool, monkeypatch: pytest.MonkeyPatch
+    text_checkpoint: Path, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scheduler, "PATIENCE", 0.05)
     asked: dict[str, Any] = {**GREEDY, "max_tokens": 20}
     prompts = [[20 + number, *range(30, 30 + number % 7)] for number in range(40)]
     with Engine(text_checkpoint, **SMALL) as roomy:
         whole = [roomy.generate(prompt, **asked).token_ids for prompt in prompts]
-    tight = {**SMALL, "kv_tokens": 160, "max_step_tokens": 32, "prefix_cache": prefix_cache}
+    tight = {**SMALL, "kv_tokens": 160, "max_step_tokens": 32, **how}
     with Engine(text_checkpoint, **tight) as engine:
         got: dict[int, list[int]] = {}
 
@@ -302,12 +304,14 @@ def test_thirty_steppers_among_others_in_a_tiny_pool(
         assert_nothing_leaked(engine)
 
 
+@pytest.mark.parametrize("host", [None, 0.01])
 def test_sleeping_callers_lose_their_blocks_to_others(
-    text_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    text_checkpoint: Path, host: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scheduler, "PATIENCE", 0.2)
     asked: dict[str, Any] = {**GREEDY, "max_tokens": 12}
-    with Engine(text_checkpoint, **{**SMALL, "kv_tokens": 96, "max_sequences": 2}) as engine:
+    tight = {**SMALL, "kv_tokens": 96, "max_sequences": 2, "kv_host_gib": host}
+    with Engine(text_checkpoint, **tight) as engine:
         whole = engine.generate([30] * 60, **asked).token_ids
         sleepers = [engine.step([30] * 60, **asked) for _ in range(2)]
         steps = [sleeper.open() for sleeper in sleepers]
