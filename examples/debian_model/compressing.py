@@ -28,6 +28,7 @@ from .encoding import Encoded
 CALIBRATION_ROWS = 256
 ROW_LENGTH = 1024
 FORMAT = "5:16-int4-g64"
+TABLES = "dense-int8-g64"
 
 Told = Callable[[object], None]
 
@@ -66,7 +67,7 @@ def compress_in_one_shot(
     original: Path, target: Path, rows: torch.Tensor, device: torch.device, format: str = FORMAT
 ) -> None:
     """Prune and quantize the layers by their inputs on some of the training rows."""
-    recipe = Recipe(Format.parse(format), "sparsegpt")
+    recipe = Recipe(Format.parse(format), "sparsegpt", embeddings=Format.parse(TABLES))
     sample = rows[:CALIBRATION_ROWS]
     compress_checkpoint(original, target, recipe, sample, device, {"format": format})
 

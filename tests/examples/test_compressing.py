@@ -7,6 +7,7 @@ import numpy
 import torch
 from safetensors.torch import save_file
 
+from conclave.worker.compress.manifest import MANIFEST, read_manifest
 from conclave.worker.compress.recovery.schedule import Schedule
 from conclave.worker.model.config import ModelConfig
 from conclave.worker.weights import tensor_map
@@ -77,4 +78,7 @@ def test_compressed_and_recovered(tmp_path: Path) -> None:
     schedule = Schedule(steps=2, sequences=2, at_once=2, looks=2)
     looks = recover(pruned, original, target, more, schedule, CPU, said.append)
     assert said == looks and len(looks) == 2
-    assert (target / "conclave.json").exists()
+    weights = read_manifest(target / MANIFEST).weights
+    assert weights["embedding.weight"].format == "dense-int8-g64"
+    formats = {name: own.format for name, own in weights.items()}
+    assert {own for name, own in formats.items() if "layers" in name} == {"5:16-int4-g64"}

@@ -45,7 +45,8 @@ def pair(tiny_checkpoint: Checkpoint, tmp_path: Path) -> tuple[Path, Path]:
 def made_of(source: Path, folder: Path) -> tuple[Path, Path]:
     exact = Format.parse("5:16-bf16")  # fits experts of any width
     exceptions = {"layers.0.*": None, "*.experts.*": exact}
-    recipe = Recipe(Format.parse("5:16-int4-g32"), "magnitude", exceptions)
+    tables = Format.parse("dense-int8-g32")
+    recipe = Recipe(Format.parse("5:16-int4-g32"), "magnitude", exceptions, tables)
     compress_checkpoint(source, folder / "small", recipe, text(4), CPU, {"made": "here"})
     return folder / "small", source
 
