@@ -9,6 +9,7 @@ hundred tokens a dict is faster than an array library, and this runs once a toke
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +19,7 @@ from ...worker.draws import uniform
 
 SMALLEST = 1e-30
 """Keeps log 0 out of a product; a token that one member rules out stays ruled out in effect."""
+_LEAST = math.log(SMALLEST)
 
 
 class Told:
@@ -34,25 +36,59 @@ class Told:
         self, ids: Sequence[int], logprobs: Sequence[float], vocabulary: int, weight: float = 1.0
     ) -> None:
         self.weight = weight
-        self.favourite = int(ids[0])
-        self.logprobs: dict[int, float] = dict(zip(ids, logprobs, strict=True))
-        self.probabilities = {token: math.exp(value) for token, value in self.logprobs.items()}
-        unnamed = vocabulary - len(self.logprobs)
-        rest = max(0.0, 1.0 - sum(self.probabilities.values())) / unnamed if unnamed else 0.0
-        self.floor = min(math.log(max(rest, SMALLEST)), min(self.logprobs.values()))
+        self.ids = ids[:]
+        self.values = logprobs[:]  # of a message, a slice is the quickest copy
+        self.logprobs: dict[int, float] = dict(zip(self.ids, self.values, strict=True))
+        unnamed = vocabulary - len(self.ids)
+        rest = max(0.0, 1.0 - sum(map(math.exp, self.values))) / unnamed if unnamed else 0.0
+        self.floor = min(math.log(max(rest, SMALLEST)), self.values[-1])
         """Log-probability of a token that it has not named."""
+
+    @property
+    def favourite(self) -> int:
+        """Its likeliest token."""
+        return self.ids[0]
 
     def logprob(self, token: int) -> float:
         """Of any token."""
         return self.logprobs.get(token, self.floor)
 
 
-class Fused:
-    """A combined distribution over the union of the named tokens; sorted only when asked."""
+class Fused(ABC):
+    """A combined distribution over the union of the named tokens; mixed only as far as is asked."""
 
-    def __init__(self, mixed: dict[int, float]) -> None:
-        self.mixed = mixed
-        """Not normalised."""
+    def __init__(self, told: Sequence[Told]) -> None:
+        self.told = told
+        self.share = sum(each.weight for each in told)
+
+    @cached_property
+    @abstractmethod
+    def mixed(self) -> dict[int, float]:
+        """What each token has; not normalised."""
+
+    @abstractmethod
+    def value(self, token: int) -> float:
+        """What one named token has in `mixed`, to the last bit."""
+
+    @abstractmethod
+    def bound(self, rank: int) -> float:
+        """The most that a token can have which no member names before that place of its list."""
+
+    def likeliest(self, banned: frozenset[int]) -> int | None:
+        """The likeliest token, of equals the one with the smallest id; None if all are banned.
+
+        The lists descend, so reading them side by side one soon knows that nothing better follows
+        (the threshold algorithm, Fagin, Lotem and Naor 2003): at once, if the members agree.
+        """
+        best, most = None, -math.inf
+        for rank in range(max(len(each.ids) for each in self.told)):
+            for token in {each.ids[rank] for each in self.told if rank < len(each.ids)} - banned:
+                value = self.value(token)
+                if best is None or value > most or (value == most and token < best):
+                    best, most = token, value
+            if most > self.bound(rank + 1):
+                break
+        return best
 
     @cached_property
     def ids(self) -> tuple[int, ...]:
@@ -69,6 +105,64 @@ class Fused:
     def logprobs(self) -> tuple[float, ...]:
         """Natural logarithms of the probabilities."""
         return tuple([math.log(max(p, SMALLEST)) for p in self.probabilities])
+
+
+class Mean(Fused):
+    """Of probabilities: every member gives every token its floor; a named one gets what it has
+    above that."""
+
+    def __init__(self, told: Sequence[Told]) -> None:
+        super().__init__(told)
+        floors = [math.exp(each.floor) for each in told]
+        pairs = tuple(zip(told, floors, strict=True))
+        self._base = sum(each.weight * floor for each, floor in pairs) / self.share
+        self._parts = [(each, each.weight / self.share, floor) for each, floor in pairs]
+
+    @cached_property
+    def mixed(self) -> dict[int, float]:
+        mixed: dict[int, float] = {}
+        for each, weight, floor in self._parts:
+            for token, logprob in each.logprobs.items():
+                above = weight * (math.exp(logprob) - floor)
+                mixed[token] = mixed.get(token, self._base) + above
+        return mixed
+
+    def value(self, token: int) -> float:
+        value = self._base
+        for each, weight, floor in self._parts:
+            if token in each.logprobs:
+                value += weight * (math.exp(each.logprobs[token]) - floor)
+        return value
+
+    def bound(self, rank: int) -> float:
+        value = self._base
+        for each, weight, floor in self._parts:
+            if rank < len(each.values):
+                value += weight * (math.exp(each.values[rank]) - floor)
+        return value
+
+
+class Product(Fused):
+    """The renormalised mean of log-probabilities."""
+
+    @cached_property
+    def mixed(self) -> dict[int, float]:
+        named = {token for each in self.told for token in each.logprobs}
+        return {token: self.value(token) for token in named}
+
+    def value(self, token: int) -> float:
+        return self._of(each.logprob(token) for each in self.told)
+
+    def bound(self, rank: int) -> float:
+        return self._of(
+            each.values[rank] if rank < len(each.values) else each.floor for each in self.told
+        )
+
+    def _of(self, logprobs: Iterable[float]) -> float:
+        """What a token has to which the members give these."""
+        pairs = zip(self.told, logprobs, strict=True)
+        weighted = sum(each.weight * max(logprob, _LEAST) for each, logprob in pairs)
+        return math.exp(weighted / self.share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +191,7 @@ def combine(told: Sequence[Told], product: bool = False) -> Fused:
         told: one a member, at least one.
         product: the mean of log-probabilities instead of the mean of probabilities.
     """
-    return Fused(_product(told) if product else _mean(told))
+    return Product(told) if product else Mean(told)
 
 
 def choose(
@@ -115,10 +209,11 @@ def choose(
         counts: how often each token stands in the answer already.
         banned: tokens that must not be chosen.
     """
-    banned = frozenset(banned) & fused.mixed.keys()
-    if rules.temperature == 0 and rules.free and not banned:
-        most = max(fused.mixed.values())
-        return min(token for token, value in fused.mixed.items() if value == most)
+    banned = frozenset(banned)
+    if rules.temperature == 0 and rules.free:
+        likeliest = fused.likeliest(banned)
+        if likeliest is not None:
+            return likeliest
     scores = _adjusted(fused, rules, counts, banned)
     if rules.temperature == 0:
         return fused.ids[max(range(len(scores)), key=scores.__getitem__)]
@@ -128,28 +223,6 @@ def choose(
     threshold = uniform(rules.seed, index) * cumulative[-1]
     drawn = (order[rank] for rank, bound in enumerate(cumulative) if bound > threshold)
     return fused.ids[next(drawn, order[0])]
-
-
-def _mean(told: Sequence[Told]) -> dict[int, float]:
-    """Every member gives every token its floor; a named one gets what it has above that."""
-    share = sum(each.weight for each in told)
-    base = sum(each.weight * math.exp(each.floor) for each in told) / share
-    mixed: dict[int, float] = {}
-    for each in told:
-        weight, floor = each.weight / share, math.exp(each.floor)
-        for token, probability in each.probabilities.items():
-            mixed[token] = mixed.get(token, base) + weight * (probability - floor)
-    return mixed
-
-
-def _product(told: Sequence[Told]) -> dict[int, float]:
-    share = sum(each.weight for each in told)
-    least = math.log(SMALLEST)
-    mixed: dict[int, float] = {}
-    for token in {token for each in told for token in each.logprobs}:
-        mean = sum(each.weight * max(each.logprob(token), least) for each in told) / share
-        mixed[token] = math.exp(mean)
-    return mixed
 
 
 def _adjusted(

@@ -158,6 +158,36 @@ def test_an_unnamed_token_is_never_above_a_named_one() -> None:
     assert Told([0], [math.log(0.1)], 3).logprob(1) == pytest.approx(math.log(0.1))
 
 
+@pytest.mark.parametrize("product", [False, True])
+@pytest.mark.parametrize("seed", range(200))
+def test_the_likeliest_is_found_without_mixing(product: bool, seed: int) -> None:
+    random = numpy.random.default_rng(seed)
+    told = []
+    for _ in range(random.integers(1, 5)):
+        # Coarse values, so that equal ones are common; lists of several lengths.
+        row = numpy.round(random.dirichlet(numpy.ones(VOCABULARY)), 1) + 0.01
+        order = numpy.argsort(-row)[: random.integers(1, VOCABULARY + 1)]
+        logprobs = numpy.log(row[order] / row.sum()).tolist()
+        told.append(Told(order.tolist(), logprobs, VOCABULARY, random.choice([0.5, 1.0, 3.0])))
+    banned = frozenset(random.choice(VOCABULARY, 3).tolist() if seed % 2 else ())
+    fused = combine(told, product)
+    left = [token for token in fused.ids if token not in banned]
+    assert fused.likeliest(banned) == (left[0] if left else None)
+    assert all(fused.value(token) == value for token, value in fused.mixed.items())
+
+
+def test_members_that_agree_are_read_no_further() -> None:
+    told = [Told([4, 2, 3], [math.log(p) for p in (0.6, 0.2, 0.1)], 9) for _ in range(3)]
+    fused = combine(told)
+    assert choose(fused, Rules(temperature=0.0), 0, {}, ()) == 4
+    assert "mixed" not in vars(fused)
+
+
+def test_a_token_is_chosen_even_if_all_are_banned() -> None:
+    fused = combine([Told([4, 2], [math.log(0.6), math.log(0.4)], 9)])
+    assert choose(fused, Rules(temperature=0.0), 0, {}, (2, 4)) == 4
+
+
 def test_choosing_follows_the_rules() -> None:
     fused = combine([Told(range(4), [math.log(p) for p in (0.4, 0.3, 0.2, 0.1)], 4)])
 
