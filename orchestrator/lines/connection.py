@@ -29,6 +29,8 @@ MESSAGE_BYTES = "conclave-message-bytes"
 REWATCH_SECONDS = 0.2
 BEAT_SECONDS = 0.5
 DESCRIBE_SECONDS = 5.0
+WORKER_OPTIONS = [("grpc.enable_retries", 0)]
+"""The gateway repeats asks itself; gRPC's own retries would hold a copy of every message."""
 
 UnaryCall = grpc.aio.UnaryUnaryMultiCallable
 StreamCall = grpc.aio.UnaryStreamMultiCallable
@@ -98,7 +100,8 @@ class Connection:
         self.name = name
         self.incarnation = incarnation
         self._listener = listener
-        self._channel = grpc.aio.insecure_channel(address, channel_options(max_message_mib))
+        options = channel_options(max_message_mib) + WORKER_OPTIONS
+        self._channel = grpc.aio.insecure_channel(address, options)
         self._patience = patience
         self._serves = False
         self._hangs = False
