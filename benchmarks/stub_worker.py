@@ -38,6 +38,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from conclave.protos import generation_pb2 as pb
 from conclave.protos import worker_pb2, worker_pb2_grpc
+from conclave.worker.address import local_name
 
 from .exact_sleep import ExactSleep
 from .stub_machine import (
@@ -505,6 +506,7 @@ async def serve(settings: Settings, host: str, port: int) -> None:
     health_pb2_grpc.add_HealthServicer_to_server(worker.health, server)
     await worker.set_serving(True)
     address = f"{host}:{server.add_insecure_port(f'{host}:{port}')}"
+    server.add_insecure_port(f"unix-abstract:{local_name(address)}")  # as a real worker does
     await server.start()
     running = asyncio.create_task(worker.run(), name="machine")
     print(json.dumps({"address": address, "incarnation": worker.incarnation}), flush=True)

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "worker": {"protos", "kernels"},
     "orchestrator": {"protos", "worker"},
 }
-WORKER_FACE = {"actor", "config", "draws", "errors", "knobs", "precision"}
+WORKER_FACE = {"actor", "address", "config", "draws", "errors", "knobs", "precision"}
 """What the orchestrator may know of a worker."""
 DOORS = {
     "triton": ["kernels/"],

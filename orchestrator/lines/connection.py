@@ -21,6 +21,7 @@ from ..routing.pace import Pace
 from ..routing.registry import Beat
 from ..security.channels import WithMetadata, fleet_metadata
 from .conversation import Conversation, Pending
+from .nearest import nearest
 from .step_line import StepLine
 
 SERVICE = worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name
@@ -101,7 +102,7 @@ class Connection:
         self.incarnation = incarnation
         self._listener = listener
         options = channel_options(max_message_mib) + WORKER_OPTIONS
-        self._channel = grpc.aio.insecure_channel(address, options)
+        self._channel = grpc.aio.insecure_channel(nearest(address), options)
         self._patience = patience
         self._serves = False
         self._hangs = False

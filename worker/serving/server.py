@@ -7,6 +7,7 @@ and inside a Ray actor, and never shares a loop with anything that may block.
 import asyncio
 import logging
 import secrets
+import sys
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
@@ -18,6 +19,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from ...protos import worker_pb2, worker_pb2_grpc
+from ..address import local_name
 from ..config import WorkerConfig
 from ..engine import Engine
 from ..loading import Progress
@@ -114,10 +116,16 @@ class WorkerServer:
         address = f"{self.config.listen_host}:{self.config.port}"
         try:
             port = self._server.add_insecure_port(address)
+            self._listen_nearby(f"{self.config.listen_host}:{port}")
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address}: {error}") from error
         await self._server.start()
         return f"{self.config.listen_host}:{port}"
+
+    def _listen_nearby(self, address: str) -> None:
+        """Beside that address, where only this machine reaches; whoever may call is the same."""
+        if sys.platform == "linux":
+            self._server.add_insecure_port(f"unix-abstract:{local_name(address)}")
 
     async def _open(self) -> None:
         self._service.open_doors()

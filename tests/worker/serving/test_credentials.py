@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import secrets
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pydantic import SecretStr
 from conclave.orchestrator.client import AsyncClient, Unauthenticated
 from conclave.orchestrator.config import GatewayConfig
 from conclave.orchestrator.gateway.server import Gateway
+from conclave.orchestrator.lines.nearest import nearest
 from conclave.orchestrator.routing.registry import WorkerState
 from conclave.orchestrator.security.channels import WithMetadata, fleet_metadata
 from conclave.orchestrator.security.settings import SecurityConfig, TokenConfig
@@ -83,6 +85,20 @@ def test_who_shows_no_secret_is_refused(guarded: WorkerServer, call: str, shown:
             asks(line)[call]()
     assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
     assert "its own fleet" in (caught.value.details() or "") and SECRET not in str(caught.value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has such sockets")
+@pytest.mark.parametrize("shown", ["", "wrong", SECRET], ids=["nothing", "wrong", "the secret"])
+def test_the_unix_socket_is_no_back_door(guarded: WorkerServer, shown: str) -> None:
+    assert nearest(guarded.address) != guarded.address
+    with grpc.insecure_channel(nearest(guarded.address)) as channel:
+        line: Any = WithMetadata(channel, fleet_metadata(shown))
+        if shown == SECRET:
+            assert asks(line)["describe"]().worker == "alice"
+            return
+        with pytest.raises(grpc.RpcError) as caught:
+            asks(line)["complete"]()
+    assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
 def test_the_fleet_is_answered(guarded: WorkerServer) -> None:
