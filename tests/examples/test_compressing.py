@@ -78,7 +78,7 @@ def test_compressed_and_recovered(tmp_path: Path) -> None:
     schedule = Schedule(steps=2, sequences=2, at_once=2, looks=2)
     looks = recover(pruned, original, target, more, schedule, CPU, said.append)
     assert said == looks and len(looks) == 2
-    weights = read_manifest(target / MANIFEST).weights
-    assert weights["embedding.weight"].format == "dense-int8-g64"
-    formats = {name: own.format for name, own in weights.items()}
+    records = read_manifest(target / MANIFEST).weights
+    formats = {name: own.format for name, own in records.items()}
+    assert formats["embedding.weight"] == "dense-int8-g64"
     assert {own for name, own in formats.items() if "layers" in name} == {"5:16-int4-g64"}
