@@ -1,6 +1,7 @@
 """What a device has in memory, and what of it is free."""
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -22,6 +23,16 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def host_memory() -> int:
+    """Bytes of the host that a process may have, those among them that files are cached in."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        (kib,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError):  # only Linux tells
+        return free_memory(torch.device("cpu"))
+    return int(kib) * 1024
 
 
 def cache_memory(device: torch.device) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..memory.device import free_memory
+from ..memory.device import host_memory
 from ..memory.host import HostBlock
 from ..memory.plan import gib
 from ..model.config import CacheGroup
@@ -43,7 +43,7 @@ class HostBlocks:
         buffer = torch.empty(max(HOST_BUFFER, *sizes), dtype=torch.uint8, device=device)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._arrived: torch.cuda.Event | None = None
-        needed, there = sum(map(int.__mul__, slots, sizes)), free_memory(torch.device("cpu"))
+        needed, there = sum(map(int.__mul__, slots, sizes)), host_memory()
         if needed > there:
             raise ConfigError(
                 f"kv_host_gib asks for {gib(needed)}, but the host has {gib(there)} free: lower it"

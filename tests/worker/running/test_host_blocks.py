@@ -59,6 +59,6 @@ def test_a_block_may_go_and_another_come_in_one_step() -> None:
 
 
 def test_a_host_without_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_blocks, "free_memory", lambda device: 100)
+    monkeypatch.setattr(host_blocks, "host_memory", lambda: 100)
     with pytest.raises(ConfigError, match="kv_host_gib asks for"):
         HostBlocks(tensors(torch.float32), GROUPS, (4, 2), CPU)
