@@ -168,6 +168,9 @@ def compress_command(
     target: Annotated[Path, typer.Argument(help="Folder for the compressed one.")],
     work: WorkOption = WORK_FOLDER,
     format: Annotated[str, typer.Option(help="Of every large weight.")] = FORMAT,
+    sparsity: Annotated[
+        float | None, typer.Option(help="On average, N of each weight by measure.")
+    ] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the text to recover.")] = 10.0,
     learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 5e-4,
     text_share: Annotated[float, typer.Option(help="Of the loss that is the text.")] = 0.2,
@@ -194,7 +197,7 @@ def compress_command(
     splits = Splits.of(training, validation)
     one_shot = target.with_name(target.name + "-one-shot")
     if not (one_shot / "conclave.json").exists():
-        compress_in_one_shot(original, one_shot, splits.training, device, format)
+        compress_in_one_shot(original, one_shot, splits.training, device, format, sparsity)
     teachers = teacher or []
     splits = splits.taught_by([original, *teachers], rows, synthetic, device)
     schedule = Schedule(

@@ -16,8 +16,8 @@ import numpy
 import torch
 
 from conclave.kernels.formats import Format
-from conclave.worker.compress.layerwise import compress_checkpoint
-from conclave.worker.compress.recipe import Recipe
+from conclave.worker.compress.layerwise import compress_checkpoint, measure
+from conclave.worker.compress.recipe import Recipe, allotted
 from conclave.worker.compress.recovery.recover import recover_checkpoint
 from conclave.worker.compress.recovery.schedule import Schedule
 from conclave.worker.compress.recovery.synthetic import write_text
@@ -64,12 +64,23 @@ def packed_rows(encoded: Encoded, seed: int) -> torch.Tensor:
 
 
 def compress_in_one_shot(
-    original: Path, target: Path, rows: torch.Tensor, device: torch.device, format: str = FORMAT
+    original: Path,
+    target: Path,
+    rows: torch.Tensor,
+    device: torch.device,
+    format: str = FORMAT,
+    sparsity: float | None = None,
 ) -> None:
-    """Prune and quantize the layers by their inputs on some of the training rows."""
+    """Prune and quantize the layers by their inputs on some of the training rows.
+
+    To an average of `sparsity`, N of each weight by how much it matters; or all as `format` says.
+    """
     recipe = Recipe(Format.parse(format), "sparsegpt", embeddings=Format.parse(TABLES))
     sample = rows[:CALIBRATION_ROWS]
-    compress_checkpoint(original, target, recipe, sample, device, {"format": format})
+    if sparsity is not None:
+        recipe = allotted(recipe, measure(original, sample, device), sparsity)
+    about: dict[str, object] = {"format": format, "sparsity": sparsity}
+    compress_checkpoint(original, target, recipe, sample, device, about)
 
 
 def recover(

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from conclave.worker.compress.manifest import MANIFEST, read_manifest
+from conclave.worker.compress.quality.report import stored_weights
 from conclave.worker.compress.recovery.schedule import Schedule
 from conclave.worker.model.config import ModelConfig
 from conclave.worker.weights import tensor_map
@@ -82,3 +83,9 @@ def test_compressed_and_recovered(tmp_path: Path) -> None:
     formats = {name: own.format for name, own in records.items()}
     assert formats["embedding.weight"] == "dense-int8-g64"
     assert {own for name, own in formats.items() if "layers" in name} == {"5:16-int4-g64"}
+    averaged = tmp_path / "averaged"
+    compress_in_one_shot(original, averaged, splits.training[:4], CPU, sparsity=0.6875)
+    stored = [own for own in stored_weights(averaged) if own.layer is not None]
+    pruned = sum(own.weights * own.sparsity for own in stored)
+    assert pruned >= 0.6875 * sum(own.weights for own in stored)
+    assert len({own.sparsity for own in stored}) > 1
