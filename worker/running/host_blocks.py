@@ -7,7 +7,7 @@ a stream of their own and run beside a step that does not need them. What it gav
 numbers, whose second digits lie elsewhere.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -115,8 +115,7 @@ class _Tier:
 
     def spill(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies (block, slot) to the host."""
-        for part in self._batches(pairs):
-            blocks = torch.tensor([block for block, _ in part], device=self._buffer.device)
+        for part, blocks in self._batches(pairs, [block for block, _ in pairs]):
             rows, begin = self._buffer[: len(part)], 0
             for own in self._parts:
                 end = begin + own.shape[1]
@@ -127,19 +126,25 @@ class _Tier:
 
     def restore(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies (slot, block) to the device."""
-        for part in self._batches(pairs):
+        for part, blocks in self._batches(pairs, [block for _, block in pairs]):
             rows, begin = self._buffer[: len(part)], 0
             for row, (slot, _) in zip(rows, part, strict=True):
                 row.copy_(self._slots[slot], non_blocking=True)
-            blocks = torch.tensor([block for _, block in part], device=self._buffer.device)
             for own in self._parts:
                 end = begin + own.shape[1]
                 own.index_copy_(0, blocks, rows[:, begin:end])
                 begin = end
 
-    def _batches(self, pairs: Sequence[tuple[int, int]]) -> list[Sequence[tuple[int, int]]]:
-        size = len(self._buffer)
-        return [pairs[first : first + size] for first in range(0, len(pairs), size)]
+    def _batches(
+        self, pairs: Sequence[tuple[int, int]], blocks: list[int]
+    ) -> Iterator[tuple[Sequence[tuple[int, int]], Tensor]]:
+        """As many as the buffer holds, with their blocks on the device."""
+        if not pairs:
+            return
+        # At once: a copy from memory that is not locked waits for all copies before it.
+        there, size = torch.tensor(blocks, device=self._buffer.device), len(self._buffer)
+        for first in range(0, len(pairs), size):
+            yield pairs[first : first + size], there[first : first + size]
 
 
 def _rows(tensor: Tensor) -> Tensor:
