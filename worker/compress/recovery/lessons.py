@@ -1,8 +1,8 @@
 """Sequences, and what the teachers have to say of each, worked out once where there is room.
 
 A run reads its text many times over, and what teachers say of it stays the same. Their final hidden
-states are kept on the device, a few hundred times less than logits; where they do not fit, they are
-made again at every reading. What it gave up: keeping them in the host's memory.
+states are kept on the device, a few hundred times less than logits; those that do not fit are made
+again at every reading. What it gave up: keeping them in the host's memory.
 """
 
 from collections.abc import Sequence
@@ -25,10 +25,9 @@ class Lessons:
         self.tokens, self.teachers = tokens, teachers
         self._device = teachers[0].embedding.weight.device
         states = self._made(tokens[:1])
-        size = sum(own.nbytes for own in states) * len(tokens)
-        self._kept: list[Tensor] | None = None
-        if size <= _SHARE * free_memory(self._device):
-            self._kept = [own.new_empty(len(tokens), *own.shape) for own in states]
+        size = sum(own.nbytes for own in states)
+        self._room = min(len(tokens), int(_SHARE * free_memory(self._device)) // size)
+        self._kept = [own.new_empty(self._room, *own.shape) for own in states]
         self._known = torch.zeros(len(tokens), dtype=torch.bool)
 
     def __len__(self) -> int:
@@ -38,16 +37,20 @@ class Lessons:
         """On the device: the sequences of these indices, and what `hidden_states` has of each
         teacher."""
         tokens = self.tokens[chosen].to(self._device)
-        if self._kept is None:
+        kept = chosen < self._room
+        new = ~(kept & self._known[chosen])
+        if new.all() and not kept.any():
             return tokens, self._made(tokens)
-        new = ~self._known[chosen]
+        theirs = [own[chosen.clamp(max=self._room - 1).to(self._device)] for own in self._kept]
         if new.any():
             made = self._made(tokens[new.to(self._device)])
-            for kept, own in zip(self._kept, made, strict=True):
-                kept[chosen[new].to(self._device)] = own.unflatten(0, (-1, kept.shape[1]))
-            self._known[chosen] = True
-        places = chosen.to(self._device)
-        return tokens, [kept[places].flatten(0, 1) for kept in self._kept]
+            places, fits = chosen[new & kept].to(self._device), kept[new].to(self._device)
+            for whole, own, states in zip(theirs, self._kept, made, strict=True):
+                rows = states.unflatten(0, (-1, own.shape[1]))
+                whole[new.to(self._device)] = rows
+                own[places] = rows[fits]
+            self._known[chosen[kept]] = True
+        return tokens, [whole.flatten(0, 1) for whole in theirs]
 
     def _made(self, tokens: Tensor) -> list[Tensor]:
         with torch.no_grad(), autocast(self._device):

@@ -23,6 +23,7 @@ from conclave.worker.compress.recovery.schedule import Schedule
 from conclave.worker.compress.recovery.training import Look
 from conclave.worker.errors import CheckpointError, ConfigError
 from conclave.worker.model.config import ModelConfig
+from conclave.worker.model.decoder import Decoder
 from conclave.worker.weights import load_decoder
 
 Checkpoint = Callable[[int | str], Path]
@@ -188,16 +189,32 @@ def test_the_mean_of_probabilities_is_taught(tiny_checkpoint: Checkpoint) -> Non
         )
 
 
+@pytest.mark.parametrize("room", [0, 2, 5])
 def test_lessons_without_room_are_made_again(
-    tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+    room: int, tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    teacher = load_decoder(
-        tiny_checkpoint("1"), ModelConfig.load(tiny_checkpoint("1")), CPU, torch.float32
-    )
-    kept = Lessons(text(3), [teacher]).of(torch.tensor([1]))
-    monkeypatch.setattr("conclave.worker.compress.recovery.lessons._SHARE", 0.0)
-    made = Lessons(text(3), [teacher]).of(torch.tensor([1]))
-    torch.testing.assert_close(made[1][0], kept[1][0])
+    folders = [tiny_checkpoint(name) for name in ("1", "3")]
+    teachers = [load_decoder(own, ModelConfig.load(own), CPU, torch.float32) for own in folders]
+    tokens = text(5)
+    with torch.no_grad():
+        truth = [hidden_states(own, tokens).unflatten(0, (5, -1)) for own in teachers]
+    each = sum(own[0].nbytes for own in truth)
+    where = "conclave.worker.compress.recovery.lessons"
+    monkeypatch.setattr(f"{where}.free_memory", lambda device: int(1.5 * (room * each + 8)))
+    lessons, made = Lessons(tokens, teachers), 0
+
+    def counted(decoder: Decoder, sequences: torch.Tensor) -> torch.Tensor:
+        nonlocal made
+        made += len(sequences)
+        return hidden_states(decoder, sequences)
+
+    monkeypatch.setattr(f"{where}.hidden_states", counted)
+    for chosen in ([4, 1], [0, 1, 2], [4, 3], [2, 0, 1, 3, 4]):
+        read, theirs = lessons.of(torch.tensor(chosen))
+        assert torch.equal(read, tokens[chosen])
+        for states, own in zip(theirs, truth, strict=True):
+            torch.testing.assert_close(states, own[chosen].flatten(0, 1))
+    assert made == 2 * {0: 12, 2: 9, 5: 5}[room]
 
 
 def test_it_ends_early_with_what_was_best(pair: tuple[Path, Path], tmp_path: Path) -> None:
