@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 
+import torch
 from torch import Tensor
 
 from .config import EngineConfig
@@ -190,6 +191,9 @@ class EngineLoop:
             runner.host.exchange(blocks.take_moves(), wait=not self.scheduler.arriving)
         try:
             logits = runner.forward(chunks)[:, : self._model.vocabulary]
+        except torch.OutOfMemoryError as error:
+            self._lighten([share.sequence for share in shares], error)
+            return
         except Exception as error:
             # One step's requests are lost; the engine goes on with the others.
             log.exception("the model failed in a step of %d sequences", len(shares))
@@ -207,6 +211,19 @@ class EngineLoop:
         error = Unavailable("the model produced NaN; its weights or kernels are broken")
         self.fail(sequence.request_id, error, sound=False)
 
+    def _lighten(self, sequences: Items[Sequence], error: torch.OutOfMemoryError) -> None:
+        """Run fewer at once, as another process has taken memory; one that was alone is refused."""
+        log.warning("no memory for a step of %d sequences: %s", len(sequences), error)
+        if len(sequences) > 1:
+            self.scheduler.give_way(sequences[(len(sequences) + 1) // 2 :])
+            return
+        failure = Overloaded(
+            "the device has too little memory left for one step, since something else uses it: end "
+            "that, or lower max_step_tokens, the KV cache or knobs.memory_budget",
+            retry_after=1.0,
+        )
+        self.fail(sequences[0].request_id, failure)
+
     def _make_room(self, overfull: Items[Sequence]) -> None:
         """Compute sequences again whose keys or values could not be stored within their error.
 
@@ -214,12 +231,10 @@ class EngineLoop:
         """
         blocks = self.scheduler.blocks
         alone = self.scheduler.holders == 1 and not any(pool.cached for pool in blocks.pools)
-        for sequence in overfull:
-            if sequence.state is not State.RUNNING:  # its request has just failed
-                continue
-            if not alone:
-                self.scheduler.give_way(sequence)
-                continue
+        left = [s for s in overfull if s.state is State.RUNNING]  # others have just failed
+        if left and not alone:
+            self.scheduler.give_way(left)
+        for sequence in left if alone else ():
             error = Overloaded(
                 "keys or values of this text cannot be kept within max_error "
                 f"{sequence.max_error or self._config.knobs.max_error}: the pool of second digits "

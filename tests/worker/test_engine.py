@@ -385,6 +385,33 @@ def test_request_that_cannot_run_names_its_field(
     assert caught.value.violations[0].field == field
 
 
+def test_memory_that_a_neighbour_takes_is_done_without(
+    tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of more than two sequences do not fit for a while; nobody's request is lost."""
+    asked = {"max_tokens": 12, "temperature": 0.0, "ignore_eos": True}
+    with Engine(tiny_checkpoint(1), **SMALL) as engine:
+        whole = answer_all(engine, prompts(6), **asked)
+        forward, most = engine.model.runner.forward, 2
+
+        def short(chunks: list[Any]) -> torch.Tensor:
+            logits = forward(chunks)  # which is written when memory runs out
+            if len(chunks) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return logits
+
+        monkeypatch.setattr(engine.model.runner, "forward", short)
+        streams = [engine.stream(prompt, **asked) for prompt in prompts(6)]
+        assert [stream.result().token_ids for stream in streams] == whole
+        assert engine.load.preemptions > 0
+        assert_nothing_leaked(engine)
+        most = 0
+        with pytest.raises(Overloaded, match="too little memory left"):
+            engine.generate([5, 6])
+        most = 99
+        assert answer_all(engine, prompts(6), **asked) == whole
+
+
 def test_model_failure_ends_its_requests_and_spares_the_engine(
     tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ sequence is the first victim from then on, and the only one that gives way to a 
 """
 
 from collections import deque
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 from .cache import BlockManager
@@ -121,10 +122,11 @@ class Scheduler:
         else:
             self.blocks.discard(sequence)
 
-    def give_way(self, sequence: Sequence) -> None:
-        """Preempt a running sequence for which a step had no room; fewer then run for a while."""
+    def give_way(self, sequences: Items[Sequence]) -> None:
+        """Preempt running sequences for which a step had no room; fewer then run for a while."""
         self.most = max(1, min(self.most, self.holders) // 2)
-        self._preempt(sequence)
+        for sequence in sequences:
+            self._preempt(sequence)
 
     @property
     def holders(self) -> int:
