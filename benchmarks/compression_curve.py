@@ -36,7 +36,7 @@ from conclave.worker.weights import load_decoder
 from examples.debian_model.compressing import packed_rows
 from examples.debian_model.encoding import Encoded
 
-from .records import write_result
+from .records import stamp, write_result
 
 NORM_ROWS, JUDGED_ROWS = 8, 64
 """Training rows that tell what weights are fed, and validation rows that choose the best step."""
@@ -103,8 +103,12 @@ def main() -> None:
     parser.add_argument("--judged", type=int, default=JUDGED_ROWS, help="rows of validation text")
     parser.add_argument("--held-out", type=int, help="rows of held-out text; all if left out")
     parser.add_argument("--part", default="0/1", help="I/N: every N-th way, from the I-th")
-    parser.add_argument("--out", type=Path, help="folder for the result instead of results/")
+    parser.add_argument("--out", type=Path, help="folder for the part's result, for --join")
+    parser.add_argument("--join", action="store_true", help="only join the parts that lie in --out")
     options = parser.parse_args()
+    if options.join:
+        write_result("compression_curve", joined(options.out))
+        return
     first, step = map(int, options.part.split("/"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     splits = {
@@ -114,13 +118,28 @@ def main() -> None:
     splits["heldout"] = splits["heldout"][: options.held_out]
     splits["validation"] = splits["validation"][: options.judged]
     bench = Bench(options.model, splits, options.steps, options.rows, device)
-    points = [bench.point(way) for way in track(WAYS[first::step], console=console)]
+    points: list[dict[str, Any]] = []
     figures = {"model": options.model.name, "steps": options.steps, "points": points}
-    if options.out:
-        name = f"compression_curve_{first}.json"
-        (options.out / name).write_text(json.dumps(figures, indent=1) + "\n")
-    else:
+    for way in track(WAYS[first::step], console=console):
+        points.append(bench.point(way))
+        if options.out:  # each time, as the machine may be gone before the last one
+            part = options.out / f"compression_curve_{first}.json"
+            part.write_text(json.dumps(figures | {"made": stamp()}, indent=1) + "\n")
+    if not options.out:
         write_result("compression_curve", figures)
+
+
+def joined(folder: Path) -> dict[str, Any]:
+    """The figures of all parts, in the order of `WAYS`. Parts of unequal runs are refused."""
+    parts = [json.loads(path.read_text()) for path in sorted(folder.glob("compression_curve_*"))]
+    runs = {(part["model"], part["steps"], part["made"]["device"]) for part in parts}
+    if len(runs) != 1:
+        raise SystemExit(f"{folder} has parts of {len(runs)} different runs; give those of one")
+    order = [(way.pattern, way.kept, way.bits) for way in WAYS]
+    points = [point for part in parts for point in part["points"]]
+    points.sort(key=lambda own: order.index((own["pattern"], 1 - own["sparsity"], own["bits"])))
+    ((model, steps, device),) = runs
+    return {"model": model, "steps": steps, "made_on": device, "points": points}
 
 
 class Bench:
