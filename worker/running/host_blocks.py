@@ -3,11 +3,13 @@
 A block lies there whole, all layers of its group together, so that a copy is large enough for the
 link's full rate; on the device a buffer collects it from the layers' tensors. Copies to the host
 are made by the stream that computes, as the next step writes over what they read. Copies back have
-a stream of their own and run beside a step that does not need them. What it gave up: narrow
-numbers, whose second digits lie elsewhere.
+a stream of their own and run beside a step that does not need them. No copy takes memory: where
+that has run out, a step may fail, but what lies where stays known. What it gave up: narrow numbers,
+whose second digits lie elsewhere.
 """
 
 from collections.abc import Iterator, Sequence
+from operator import mul
 
 import torch
 from torch import Tensor
@@ -43,7 +45,7 @@ class HostBlocks:
         buffer = torch.empty(max(HOST_BUFFER, *sizes), dtype=torch.uint8, device=device)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._arrived: torch.cuda.Event | None = None
-        needed, there = sum(map(int.__mul__, slots, sizes)), host_memory()
+        needed, there = sum(map(mul, slots, sizes)), host_memory()
         if needed > there:
             raise ConfigError(
                 f"kv_host_gib asks for {gib(needed)}, but the host has {gib(there)} free: lower it"
@@ -103,6 +105,7 @@ class _Tier:
         wide = all(own.shape[1] % 8 == 0 for own in parts)
         dtype = torch.int64 if wide else torch.uint8
         self._parts = [own.view(dtype) for own in parts]
+        self._blocks = torch.empty(len(parts[0]), dtype=torch.int64, device=buffer.device)
         rows = len(buffer) // size
         self._buffer = buffer[: rows * size].view(rows, size).view(dtype)
         self.memory = HostBlock(
@@ -119,7 +122,7 @@ class _Tier:
             rows, begin = self._buffer[: len(part)], 0
             for own in self._parts:
                 end = begin + own.shape[1]
-                rows[:, begin:end] = own.index_select(0, blocks)
+                torch.index_select(own, 0, blocks, out=rows[:, begin:end])
                 begin = end
             for row, (_, slot) in zip(rows, part, strict=True):
                 self._slots[slot].copy_(row, non_blocking=True)
@@ -142,7 +145,8 @@ class _Tier:
         if not pairs:
             return
         # At once: a copy from memory that is not locked waits for all copies before it.
-        there, size = torch.tensor(blocks, device=self._buffer.device), len(self._buffer)
+        there, size = self._blocks[: len(blocks)], len(self._buffer)
+        there.copy_(torch.tensor(blocks))
         for first in range(0, len(pairs), size):
             yield pairs[first : first + size], there[first : first + size]
 
