@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from ...model.decoder import Decoder, DenseAttention
 
 _WHOLE, _PART = 1 << 29, 1 << 25
-"""So many logits of each model are kept for the gradient; of more there is a part at a time."""
+"""So many logits of each model are kept for the gradient, some 2 GB in float32; of more there is a
+part at a time."""
 
 
 def losses(

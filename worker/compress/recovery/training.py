@@ -218,10 +218,15 @@ class Recovery:
 
     def _remap(self) -> None:
         """Choose survivors anew if it is time, and no more once that is over."""
-        for name, own in self._stored.items():
-            if self.schedule.remaps(self._step, self._done):
+        if self.schedule.remaps(self._step, self._done):
+            for name, own in self._stored.items():
                 own.remap(trained_values(self.student, name))
-            own.learns.fill_(self._done < self.schedule.remap)
+        elif 0 < self.schedule.remap <= self._done:
+            self._fix_maps()
+
+    def _fix_maps(self) -> None:
+        for own in self._stored.values():
+            own.learns.fill_(False)
 
     def _trained(self) -> dict[str, Tensor]:
         """What training changes, by name: the parameters, and maps if they are learned."""
@@ -276,8 +281,8 @@ class Recovery:
         self._best_values = state["best_values"]
         self._restore(state["values"])
         self._optimizer.load_state_dict(state["optimizer"])
-        for own in self._stored.values():
-            own.learns.fill_(self._done < self.schedule.remap)
+        if self._done >= self.schedule.remap:
+            self._fix_maps()
 
 
 def _batches(count: int, schedule: Schedule, done: int) -> Iterator[Tensor]:
