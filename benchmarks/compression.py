@@ -5,7 +5,7 @@ weights random: memory and time do not depend on values. It is compressed once i
 timed, and twice at once while it is killed at ten random points in all and gone on with; all must
 have the same bytes. Kills come after up to a third of the whole time: most interrupt some layer.
 Memory is what the driver counts for the whole device, less what was taken before. Torch is held to
-24 GiB, since it keeps what is free again for as long as there is room on the card.
+what a card of 24 GiB leaves it, as it keeps what is free again for as long as there is room.
 """
 
 import argparse

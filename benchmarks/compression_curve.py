@@ -107,6 +107,8 @@ def main() -> None:
     parser.add_argument("--join", action="store_true", help="only join the parts that lie in --out")
     options = parser.parse_args()
     if options.join:
+        if options.out is None:
+            parser.error("--join needs the folder of the parts as --out")
         write_result("compression_curve", joined(options.out))
         return
     first, step = map(int, options.part.split("/"))

@@ -3,7 +3,7 @@
 | tokens       | N:16 int4, groups of 64 or 128               | dense int4 and int8     | others |
 | ------------ | -------------------------------------------- | ----------------------- | ------ |
 | 1 to 4       | `sparse_gemv` (NVIDIA), else `sparse_gather` | `dense_gemv`            | expand |
-| 5 to 8       | `sparse_gemv` (NVIDIA), else expand          | `matmul`, groups of 64+ | expand |
+| 5 to 8       | `sparse_gemv` (NVIDIA, 16 bits), else expand | `matmul`, groups of 64+ | expand |
 | 9 to `MANY`  | `matmul` (NVIDIA, bfloat16), else expand     | the same                | expand |
 | more         | expand                                       | expand                  | expand |
 
@@ -153,10 +153,11 @@ def _multiply(
     """`linear` or `gated_linear` into `out`, all on a card."""
     format, columns, amd = weight.format, weight.columns, torch.version.hip is not None
     few = len(x) <= sparse.MOST_TOKENS
-    sparsely = len(x) <= (sparse.MOST_TOKENS if amd else MOST_SPARSELY)
+    # Pairs of tokens are summed in halves: of float32 more are left to the library, which is exact.
+    pairs = not amd and len(x) <= MOST_SPARSELY and x.dtype != torch.float32
     # Tensor cores have caught up with dense int4 at two tokens: nothing is to be put in place.
     alone = len(x) == 1 or format.bits == 8 or not _on_tensor_cores(x, weight)
-    if sparsely and sparse.supports(format, columns):
+    if (few or pairs) and sparse.supports(format, columns):
         op = sparse.sparse_gather if amd else sparse_gemv
         op(x, weight, out, residual, scale, gated=gated)
     elif few and alone and dense.supports(format, columns):

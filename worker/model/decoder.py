@@ -127,7 +127,7 @@ class DenseAttention:
             parts = (part[rows].unflatten(0, (count, length)) for part in (query, key, value))
             queries, keys, values = (part.transpose(1, 2) for part in parts)
             mask = self.mask(length, window, query.device)
-            if query.is_cuda:  # where torch has no fast kernel with a mask and shared heads
+            if query.is_cuda:  # shared heads with a mask, or of 512, have no fast kernel in torch
                 each = queries.shape[1] // keys.shape[1]
                 keys, values = (part.repeat_interleave(each, 1) for part in (keys, values))
             mixed = F.scaled_dot_product_attention(
