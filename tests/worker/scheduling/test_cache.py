@@ -9,20 +9,13 @@ from hypothesis import strategies as st
 from conclave.worker.scheduling.cache import SLID, BlockManager, BlockPool
 from conclave.worker.scheduling.sequence import Sequence
 
+from .computing import compute
+
 MakeSequence = Callable[..., Sequence]
 
 
 def manager(blocks: int = 16, window: int | None = 8, prefix_cache: bool = True) -> BlockManager:
     return BlockManager((None, window), (blocks, blocks), 4, prefix_cache)
-
-
-def compute(blocks: BlockManager, sequence: Sequence, chunk: int = 64) -> None:
-    """Admit a sequence and compute all it has."""
-    assert blocks.admit(sequence, chunk)
-    while sequence.remaining:
-        end = min(sequence.computed + chunk, len(sequence.tokens))
-        assert blocks.extend(sequence, end)
-        blocks.commit(sequence, end)
 
 
 def used(blocks: BlockManager) -> list[int]:

@@ -11,6 +11,8 @@ from conclave.worker.scheduling.scheduler import Scheduler
 from conclave.worker.scheduling.sequence import Sequence, State
 from conclave.worker.scheduling.tier import HostPool, Moves
 
+from .computing import compute
+
 MakeSequence = Callable[..., Sequence]
 SIZE = 4
 NOTHING = Moves((), ())
@@ -29,15 +31,6 @@ class Device:
             self.slots[slot] = self.blocks[block]
         for slot, block in moves.restored:
             self.blocks[block] = self.slots[slot]
-
-
-def compute(blocks: BlockManager, sequence: Sequence, chunk: int = 64) -> None:
-    """Admit a sequence and compute all it has."""
-    assert blocks.admit(sequence, chunk)
-    while sequence.remaining:
-        end = min(sequence.computed + chunk, len(sequence.tokens))
-        assert blocks.extend(sequence, end)
-        blocks.commit(sequence, end)
 
 
 def test_what_is_needed_for_others_comes_back(make_sequence: MakeSequence) -> None:

@@ -36,10 +36,10 @@ def recover_checkpoint(
     """Train what `compressed` keeps of `original` and write it to `target`; or go on with that.
 
     `tokens` and `held_out` are int64 [sequences, length]. Formats and files are those of
-    `compressed`, and so are maps unless the schedule learns them. `teachers` are full checkpoints of any shape with the same tokens, which teach
-    together with the original. Training ends by `until`, of `time.monotonic()`. Beside `target`
-    lies TARGET.training while it runs. Raises CheckpointError, and ConfigError for settings, text
-    or teachers that will not do.
+    `compressed`, and so are maps unless the schedule learns them. `teachers` are full checkpoints
+    of any shape with the same tokens, which teach together with the original. Training ends by
+    `until`, of `time.monotonic()`. Beside `target` lies TARGET.training while it runs. Raises
+    CheckpointError, and ConfigError for settings, text or teachers that will not do.
     """
     config = ModelConfig.load(compressed)
     if ModelConfig.load(original) != config:
