@@ -35,6 +35,7 @@ from conclave.worker.model.storage import storage_of
 from conclave.worker.weights import blank_decoder
 
 from . import accelerated
+from .peak import GIB, peak_gib, reset_peak
 from .random_model import DTYPE, RandomModel
 from .records import HEADLINE as HEADLINE_FILE
 from .records import machine, write_headline, write_result
@@ -42,7 +43,6 @@ from .records import machine, write_headline, write_result
 # Before torch touches the GPU: segments that grow, or layers that were freed leave holes behind.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
-GIB = 2**30
 AHEAD = 2
 LENGTH = 64
 """Tokens of a prompt's sequence."""
@@ -285,15 +285,6 @@ def row_of(
     }
 
 
-def peak_gib() -> float:
-    """What the device had taken at most."""
-    if DEVICE.type == "cpu":
-        return 0.0
-    free, whole = torch.cuda.mem_get_info()
-    beside = whole - free - torch.cuda.memory_reserved()
-    return (beside + torch.cuda.max_memory_reserved()) / GIB
-
-
 def against(rows: Sequence[Row]) -> list[Row]:
     """accelerate in bfloat16 under the same budgets, beside our rows of one token a sequence."""
     settings = shape_settings("31b", 6)
@@ -375,13 +366,6 @@ def pairs_of(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
 def unevenness(row: Row) -> float:
     """How far a row is from the balance point, where computing and copying take equally long."""
     return abs(math.log(row["compute_ms"] / row["copy_ms"]))
-
-
-def reset_peak() -> None:
-    """Forget what was reserved before."""
-    if DEVICE.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
 
 
 def clear() -> None:

@@ -4,7 +4,8 @@ Conversations with a model of the 26B shape (random weights, int4), many more th
 holds: each is read once, and goes on when all others have been read. Its blocks are then on the
 host. Told is how long it takes until the next token is known, with a host tier and without one,
 and at what rate one conversation's blocks come back when nothing else runs. Scheduler, block tables
-and runner are the engine's own; tokens are the likeliest ones. Given up: tokenizer and callers.
+and runner are the engine's own; tokens are the likeliest ones. Without a tier a few conversations
+go on unread, as nothing of them would be left. Given up: tokenizer and callers.
 
 Run it as `python -m benchmarks.spill` on a machine with one NVIDIA card.
 """
@@ -37,6 +38,7 @@ from conclave.worker.scheduling.scheduler import Scheduler
 from conclave.worker.scheduling.sequence import Sequence
 from conclave.worker.scheduling.tier import Moves
 
+from .peak import peak_gib, reset_peak
 from .random_model import DTYPE, RandomModel
 from .records import machine, write_result
 
@@ -68,7 +70,7 @@ class Size:
 def main() -> None:
     """Measure, print, write down."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--conversations", type=int, default=24)
+    parser.add_argument("--conversations", type=int, default=64)
     parser.add_argument("--context", type=int, default=32_768, help="tokens of each")
     parser.add_argument("--held", type=int, default=6, help="that fit the device at once")
     parser.add_argument("--dry", action="store_true", help="tiny sizes, anywhere; write no result")
@@ -92,6 +94,7 @@ def measure(size: Size, dry: bool) -> dict[str, Any]:
     link = 1e10 if dry else link_rate(DEVICE)
     print(f"{machine()}: link {link / 1e9:.1f} GB/s", flush=True)
     decoder = RandomModel(config, None if dry else Format.parse(FORMAT), DEVICE).decoder()
+    reset_peak()
     told = {}
     for way, host in (("host", size.conversations), ("recompute", 0)):
         fleet = Conversations(decoder, config, size, host)
@@ -115,6 +118,7 @@ def measure(size: Size, dry: bool) -> dict[str, Any]:
         "times_sooner": first["recompute"] / first["host"],
         "read_tokens_per_s": told["host"]["read_tokens_per_s"],
         "restored_blocks": told["host"]["restored"],
+        "peak_gib": peak_gib(),
         "same_tokens": same,
     }
 
@@ -141,12 +145,12 @@ class Conversations:
         self.block_bytes = [group.bytes_per_token(dtype.itemsize) * BLOCK for group in groups]
 
     def run(self, vocabulary: int, most: int | None) -> dict[str, Any]:
-        """Read all; then let each go on, or the first `most`, one after the other."""
+        """Read all, then let each go on, one after the other; or only the first `most`, unread."""
         draw = torch.Generator().manual_seed(0)
         shape = self.size.conversations, self.size.context + TURN
         tokens = torch.randint(3, vocabulary, shape, generator=draw).tolist()
         began = time.perf_counter()
-        for number in track(range(len(tokens)), "reading"):
+        for number in track(range(len(tokens) if most is None else 0), "reading"):
             self.ask(number, tokens[number][: self.size.context])
         read = time.perf_counter() - began
         seconds, found = [], []

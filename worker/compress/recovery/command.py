@@ -46,6 +46,9 @@ def recover(
     text_share: Annotated[
         float, typer.Option(help="of the loss that is the text, not the original's opinion of it")
     ] = _DEFAULT.text_share,
+    weight_decay: Annotated[
+        float, typer.Option(help="of all matrices; the original's own is a good start")
+    ] = _DEFAULT.weight_decay,
     gradual: Annotated[
         float, typer.Option(help="share of the steps over which sparsity rises from none")
     ] = _DEFAULT.gradual,
@@ -70,8 +73,8 @@ def recover(
     until = time.monotonic() + 60 * minutes
     with errors_told():
         schedule = Schedule(
-            *(steps, sequences, at_once, learning_rate, text_share, gradual, remap),
-            *(looks, patience, seed),
+            *(steps, sequences, at_once, learning_rate, text_share),
+            *(weight_decay, gradual, remap, looks, patience, seed),
         )
         source = compressed, target, original, text, held_out
         where, others = device_of(device), teacher or ()

@@ -27,6 +27,8 @@ class Schedule:
     """At its highest: it rises over the first steps and falls to zero, linearly."""
     text_share: float = 0.2
     """Of the loss that is the text itself; the rest is the divergence from the teacher."""
+    weight_decay: float = 0.0
+    """Of every matrix, times the learning rate, at each step; stored weights with their scales."""
     gradual: float = 0.0
     """Share of the steps over which sparsity rises from none to what is asked for."""
     remap: float = 0.0
@@ -47,6 +49,11 @@ class Schedule:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
         if not 0 < self.learning_rate < math.inf:
             raise ConfigError(f"learning_rate is {self.learning_rate}; it must be above 0")
+        if not 0 <= self.learning_rate * self.weight_decay < 1:
+            raise ConfigError(
+                f"weight_decay is {self.weight_decay}; it must be from 0 to "
+                f"{1 / self.learning_rate:.6g}, or a step would take more than there is"
+            )
 
     def rate(self, step: int, done: float) -> float:
         """The learning rate of a step, the first being 0, begun with a share `done` of the run."""

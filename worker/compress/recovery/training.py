@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ....kernels.formats import PackedWeight
 from ...errors import CheckpointError, ConfigError
@@ -88,11 +88,18 @@ class Recovery:
             for name in packed:
                 trained_values(student, name).data.copy_(originals[name])
         student.train().requires_grad_(True)
+        self._growths = [own.growth for own in self._stored.values() if own.growth is not None]
+        fixed = {id(own) for own in self._growths}
+        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for own in student.parameters():
+            groups[own.ndim > 1 and id(own) not in fixed].append(own)
         self._optimizer = torch.optim.AdamW(
-            student.parameters(),
+            [
+                {"params": groups[True], "weight_decay": schedule.weight_decay},
+                {"params": groups[False], "weight_decay": 0.0},
+            ],
             lr=0.0,
             betas=(0.9, 0.95),
-            weight_decay=0.0,
             fused=student.embedding.weight.is_cuda,
         )
         self._best_values = self._values()
@@ -168,8 +175,9 @@ class Recovery:
     def _learn(self, lessons: Lessons, chosen: Tensor) -> Tensor:
         """One step of the optimizer; divergence and loss before it, [2]."""
         self._set_kept(self._done)
+        rate = self.schedule.rate(self._step, self._done)
         for group in self._optimizer.param_groups:
-            group["lr"] = self.schedule.rate(self._step, self._done)
+            group["lr"] = rate
         found = torch.zeros(2, device=self.student.embedding.weight.device)
         for part in chosen.split(self.schedule.at_once):
             share = len(part) / len(chosen)
@@ -182,6 +190,9 @@ class Recovery:
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        if self.schedule.weight_decay and self._growths:  # scales decay as what they are scales of
+            lost = math.log1p(-rate * self.schedule.weight_decay)
+            torch._foreach_add_([own.data for own in self._growths], lost)
         return found
 
     def _look(self, training: list[float], held_out: Lessons) -> Look:

@@ -145,6 +145,26 @@ def test_maps_are_learned_for_a_time(
     assert divergence.item() == pytest.approx(best, rel=1e-4)
 
 
+def test_weights_decay_with_their_scales(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """A step of nothing but decay takes the same share of all: the codes stay."""
+    rate, decay = 1e-4, 500.0
+    schedule = Schedule(steps=1, sequences=8, at_once=8, learning_rate=rate, weight_decay=decay)
+    recover(pair, tmp_path / "decayed", schedule)
+    recover(pair, tmp_path / "plain", Schedule(steps=1, sequences=8, at_once=8, learning_rate=rate))
+    decayed, plain = contents(tmp_path / "decayed"), contents(tmp_path / "plain")
+    for name, weight in plain.items():
+        own = decayed[name]
+        if isinstance(weight, torch.Tensor):
+            share = 1 - rate * decay if weight.ndim > 1 else 1.0
+            assert isinstance(own, torch.Tensor)
+            torch.testing.assert_close(own.float(), weight.float() * share, rtol=8e-3, atol=2e-4)
+        elif weight.scales is not None and weight.format.bits == 4:
+            assert isinstance(own, PackedWeight) and own.scales is not None
+            expected = weight.scales.float() * (1 - rate * decay)
+            torch.testing.assert_close(own.scales.float(), expected, rtol=1e-2, atol=0.0)
+            assert (own.codes != weight.codes).float().mean() < 0.02, name
+
+
 def test_several_teach_together(
     pair: tuple[Path, Path], tiny_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
@@ -255,6 +275,8 @@ def test_what_cannot_be(pair: tuple[Path, Path], tmp_path: Path) -> None:
         recover(pair, tmp_path / "a", Schedule(sequences=64))
     with pytest.raises(ConfigError, match="steps is 0"):
         Schedule(steps=0)
+    with pytest.raises(ConfigError, match="weight_decay is -1"):
+        Schedule(weight_decay=-1.0)
     for name in ("gradual", "remap"):
         with pytest.raises(ConfigError, match=name):
             Schedule(**{name: 1.5})  # type: ignore[arg-type]
