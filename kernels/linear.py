@@ -3,8 +3,7 @@
 | tokens       | N:16 int4, groups of 64 or 128               | dense int4 and int8     | others |
 | ------------ | -------------------------------------------- | ----------------------- | ------ |
 | 1 to 4       | `sparse_gemv` (NVIDIA), else `sparse_gather` | `dense_gemv`            | expand |
-| 5 to 8       | `sparse_gemv` (NVIDIA, 16 bits), else expand | `matmul`, groups of 64+ | expand |
-| 9 to `MANY`  | `matmul` (NVIDIA, bfloat16), else expand     | the same                | expand |
+| 5 to `MANY`  | `matmul` (NVIDIA, bfloat16), else expand     | the same, groups of 64+ | expand |
 | more         | expand                                       | expand                  | expand |
 
 Expanding writes the dense weight, or a bounded number of its rows at a time, into scratch memory
@@ -26,7 +25,6 @@ from . import sparse_gather as sparse
 from .errors import KernelInputError
 from .expand import expand
 from .formats import TILE, Format, PackedWeight, from_tensors
-from .sparse_gemv import MOST_TOKENS as MOST_SPARSELY
 from .sparse_gemv import sparse_gemv
 from .tensor_cores import decode
 from .tensor_cores.grouping import MOST_TOKENS
@@ -153,11 +151,9 @@ def _multiply(
     """`linear` or `gated_linear` into `out`, all on a card."""
     format, columns, amd = weight.format, weight.columns, torch.version.hip is not None
     few = len(x) <= sparse.MOST_TOKENS
-    # Pairs of tokens are summed in halves: of float32 more are left to the library, which is exact.
-    pairs = not amd and len(x) <= MOST_SPARSELY and x.dtype != torch.float32
     # Tensor cores have caught up with dense int4 at two tokens: nothing is to be put in place.
     alone = len(x) == 1 or format.bits == 8 or not _on_tensor_cores(x, weight)
-    if (few or pairs) and sparse.supports(format, columns):
+    if few and sparse.supports(format, columns):
         op = sparse.sparse_gather if amd else sparse_gemv
         op(x, weight, out, residual, scale, gated=gated)
     elif few and alone and dense.supports(format, columns):

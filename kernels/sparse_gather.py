@@ -134,17 +134,16 @@ def check_few(
     experts: Tensor | None,
     gated: bool,
     dense: bool = False,
-    most: int = MOST_TOKENS,
 ) -> None:
-    """KernelInputError unless the kernels for few tokens, `most` at once, can take these."""
+    """KernelInputError unless the kernels for few tokens can take these."""
     if dense and not weight.format.dense:
         fault = f"takes dense int4 and int8, not {weight.format}"
     elif not dense and not supports(weight.format, weight.columns):
         fault = f"takes N:16 int4 in groups of 64 or 128, K a multiple of 64, not {weight.format}"
     elif x.dtype not in _DTYPES:
         fault = f"x is {x.dtype}; choose one of {', '.join(map(str, _DTYPES))}"
-    elif experts is None and not 1 <= len(x) <= most:
-        fault = f"x has {len(x)} tokens; it takes 1 to {most}"
+    elif experts is None and not 1 <= len(x) <= MOST_TOKENS:
+        fault = f"x has {len(x)} tokens; it takes 1 to {MOST_TOKENS}"
     else:
         fault = misfit(x, weight, out, residual, experts, gated)
     if fault:

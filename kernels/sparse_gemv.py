@@ -1,4 +1,4 @@
-"""One to eight tokens times an N:16 int4 weight: y[m, r] = sum of x[m, k] * code * scale.
+"""One to four tokens times an N:16 int4 weight: y[m, r] = sum of x[m, k] * code * scale.
 
 At so few tokens the time is that of reading the weight: 0.33 bytes a weight at 5:16, each byte
 once, coalesced over rows. So what counts is to have few instructions a survivor and many loads
@@ -12,10 +12,9 @@ On NVIDIA's cards the 16 values of x that a word's positions choose from lie in 
 shuffle fetches each: its index is the lowest five bits of the byte, so lanes 16 to 31 hold the same
 values again and nothing needs to be masked. The value comes from the byte's high nibble by an
 AND-XOR into the mantissa of a float (2^23 + 16 (value + 8)), from which one subtraction leaves 16
-times the value. One token is summed in float32: 4.75 instructions a survivor. Two to eight tokens
+times the value. One token is summed in float32: 4.75 instructions a survivor. Two to four tokens
 are packed in pairs of halves, scaled by a power of two for 64 columns (`_pairs`, one more launch)
-so that sums of 64 columns fit float16; beyond those it is float32. A byte is decoded once for all
-pairs; each of them costs a shuffle and a product.
+so that sums of 64 columns fit float16; beyond those it is float32.
 
 `sparse_gather` is the same in plain Triton, for all other processors.
 """
@@ -35,7 +34,6 @@ from .sparse_gather import FEW_TYPES, PIECE, check_few, supports
 from .tuning import gemv_plan
 from .workspace import meet, workspace
 
-MOST_TOKENS = 8
 _TILE = tl.constexpr(TILE)
 
 # Of each byte j of word $4, with x of the lanes in $5: $j = $(6 + j) + 16 * value * x[position].
@@ -99,9 +97,8 @@ def _activations(x, column, fits, PAIRS: tl.constexpr):
         elif PAIRS == 1:
             held = held + (tl.load(x + column + 16 * group, mask=fits, other=0),)
         else:
-            wide = x.to(tl.pointer_type(tl.int64)) + (column + 16 * group) * (PAIRS // 2)
-            for half in tl.static_range(PAIRS // 2):
-                held = held + _halves_of(tl.load(wide + half, mask=fits, other=0))
+            wide = x.to(tl.pointer_type(tl.int64))
+            held = held + _halves_of(tl.load(wide + column + 16 * group, mask=fits, other=0))
     return held
 
 
@@ -123,12 +120,6 @@ def _rows_of(sums, FIRST: tl.constexpr, STEP: tl.constexpr):
     even = tl.join(sums[FIRST], sums[FIRST + 2 * STEP])
     odd = tl.join(sums[FIRST + STEP], sums[FIRST + 3 * STEP])
     return tl.join(even, odd)
-
-
-@triton.jit
-def _two_pairs(sums, FIRST: tl.constexpr, STEP: tl.constexpr):
-    """[WARPS, 32, 2, 2, 2]: of one token of two pairs."""
-    return tl.join(_rows_of(sums, FIRST, 2), _rows_of(sums, FIRST + STEP, 2))
 
 
 @triton.jit
@@ -250,11 +241,9 @@ def _sparse_gemv(
         both = _rows_of(sums, 0, 1)
     elif PAIRS == 1:
         both = tl.join(_rows_of(sums, 0, 2), _rows_of(sums, 1, 2))
-    elif PAIRS == 2:
-        both = tl.join(_two_pairs(sums, 0, 8), _two_pairs(sums, 1, 8))
     else:
-        low = tl.join(_two_pairs(sums, 0, 16), _two_pairs(sums, 8, 16))
-        high = tl.join(_two_pairs(sums, 1, 16), _two_pairs(sums, 9, 16))
+        low = tl.join(_rows_of(sums, 0, 2), _rows_of(sums, 8, 2))
+        high = tl.join(_rows_of(sums, 1, 2), _rows_of(sums, 9, 2))
         both = tl.join(low, high)
     TOKENS: tl.constexpr = 2 * PAIRS if PAIRS else 1
     total = tl.sum(tl.reshape(both, [WARPS, _TILE, TOKENS]), 0) * 0.0625
@@ -278,8 +267,7 @@ def _pairs(packed, factors, x, tokens, columns, PAIRS: tl.constexpr, OVERLAP: tl
     pair = tl.program_id(1)
     column = piece * 64 + tl.arange(0, 64)
     x += 2 * pair * columns
-    first = (2 * pair < tokens) & (column < columns)
-    low = tl.load(x + column, mask=first, other=0.0).to(tl.float32)
+    low = tl.load(x + column).to(tl.float32)
     second = (2 * pair + 1 < tokens) & (column < columns)
     high = tl.load(x + columns + column, mask=second, other=0.0).to(tl.float32)
     low_power = _power(tl.max(tl.abs(low), 0))
@@ -296,7 +284,7 @@ def _pairs(packed, factors, x, tokens, columns, PAIRS: tl.constexpr, OVERLAP: tl
 
 
 _MULTIPLES = ("columns",)
-_SHARES = ((0, 1), (0, 2), (0, 4), (1, 1), (1, 4), (2, 1), (4, 1))
+_SHARES = ((0, 1), (0, 2), (0, 4), (1, 1), (1, 4), (2, 1))
 """Pairs of tokens and warps that the bundle has."""
 _GRID = "tiles, splits, copies"
 _shuffled = Kernel(_sparse_gemv, grid=_GRID, multiples_of_16=_MULTIPLES)
@@ -308,7 +296,7 @@ def variants() -> Iterator[Variant]:
     overlapping = tuple(target for target in NVIDIA if overlaps(target))
     others = tuple(target for target in NVIDIA if not overlaps(target))
     for targets, overlap in ((overlapping, True), (others, False)):
-        for pairs in (1, 2, 4):
+        for pairs in (1, 2):
             types = ("*i32", "*fp32", "*bf16", "i32", "i32")
             constants = {"PAIRS": pairs, "OVERLAP": overlap}
             yield Variant(_paired, types, constants, 1, 1, targets, _options(overlap))
@@ -321,8 +309,7 @@ def variants() -> Iterator[Variant]:
                     **{**own, "PAIRS": pairs, "WARPS": warps},
                     **{"OVERLAP": overlap, "GATED": gated},
                 }
-                options = _options(overlap, pairs, format.kept)
-                yield Variant(_shuffled, types, constants, warps, 1, targets, options)
+                yield Variant(_shuffled, types, constants, warps, 1, targets, _options(overlap))
 
 
 def overlaps(target: Target) -> bool:
@@ -330,10 +317,8 @@ def overlaps(target: Target) -> bool:
     return target.vendor == "nvidia" and target.capability >= 90
 
 
-def _options(overlap: bool, pairs: int = 0, kept: int = 0) -> dict[str, int]:
-    # With four pairs ptxas takes all 255 registers, and only two warps would run on a scheduler.
-    registers = {"maxnreg": 168 if kept <= 6 else 200} if pairs == 4 else {}
-    return {"launch_pdl": True, **registers} if overlap else registers
+def _options(overlap: bool) -> dict[str, bool]:
+    return {"launch_pdl": True} if overlap else {}
 
 
 def sparse_gemv(
@@ -347,13 +332,13 @@ def sparse_gemv(
 ) -> None:
     """(x weight^T + residual) * scale of [tokens, K] into `out` [tokens, R].
 
-    One to eight tokens and one weight; or, with `experts` (int32 [tokens], each an index into the
+    One to four tokens and one weight; or, with `experts` (int32 [tokens], each an index into the
     stack), any number of tokens, each by its own weight of the stack in one launch. `gated` takes
     rows 2i and 2i + 1 as a gate and its input: gelu(gate) * input, into [tokens, R/2]. All are
     contiguous, on one NVIDIA card and of one dtype (bfloat16, float16 or float32); results depend
     on no timing. Raises `KernelInputError` if something does not fit.
     """
-    check_few(x, weight, out, residual, experts, gated, most=MOST_TOKENS)
+    check_few(x, weight, out, residual, experts, gated)
     tokens, copies = (1, len(x)) if experts is not None else (len(x), 1)
     partials, counters = workspace(x.device)
     tensors = (
@@ -367,7 +352,8 @@ def sparse_gemv(
     pieces = weight.columns // PIECE
     own = {"KEPT": weight.format.kept, "GROUP": weight.format.group}
     overlap = x.is_cuda and overlaps(target_of(x.get_device()))
-    pairs = (0, 1, 2, 2, 4, 4, 4, 4)[tokens - 1]
+    options = _options(overlap)
+    pairs = (0, 1, 2, 2)[tokens - 1]
     held, factors = x, None
     if pairs:
         held = torch.empty(weight.columns, pairs, dtype=torch.int32, device=x.device)
@@ -378,7 +364,7 @@ def sparse_gemv(
             constants={"PAIRS": pairs, "OVERLAP": overlap},
             warps=1,
             stages=1,
-            options=_options(overlap),
+            options=options,
         )
     warps, splits, ahead = gemv_plan(x.device, weight.tiles, pieces, 2 * pairs or 1, copies)
     _shuffled.launch(
@@ -387,5 +373,5 @@ def sparse_gemv(
         constants={**own, "PAIRS": pairs, "WARPS": warps, "OVERLAP": overlap, "GATED": gated},
         warps=warps,
         stages=1,
-        options=_options(overlap, pairs, weight.format.kept),
+        options=options,
     )

@@ -55,7 +55,7 @@ def gemv_rule(tiles: int, pieces: int, tokens: int, copies: int) -> tuple[int, i
     all programs run at once, for a weight of up to some 50 MB.
     """
     long = pieces > 128
-    if tokens >= 4:
+    if tokens == 4:
         warps, steps, ahead = 1, 6, 0
     elif tokens == 2:
         warps, steps, ahead = (4, 6, 2) if long else (1, 4, 0)

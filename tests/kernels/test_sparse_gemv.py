@@ -58,11 +58,11 @@ def test_against_float64(
         assert relative_error(out, expected) <= most
 
 
-@pytest.mark.parametrize("tokens", [5, 6, 8])
-def test_up_to_eight_by_shuffles(
+@pytest.mark.parametrize("tokens", [2, 3, 4])
+def test_pairs_of_tokens_of_any_size(
     tokens: int, device: torch.device, round_off: dict[torch.dtype, float]
 ) -> None:
-    """Four pairs of tokens, some of them empty; several programs for each tile."""
+    """Each token has a power of two of its own; several programs for each tile."""
     for text, rows, columns in (("5:16-int4-g64", 144, 1344), ("8:16-int4-g128", 16, 128)):
         weight = weight_of(text, device, rows, columns)
         x = torch.randn(tokens, columns, device=device, dtype=torch.bfloat16)

@@ -73,8 +73,8 @@ def recover(
     until = time.monotonic() + 60 * minutes
     with errors_told():
         schedule = Schedule(
-            *(steps, sequences, at_once, learning_rate, text_share),
-            *(weight_decay, gradual, remap, looks, patience, seed),
+            *(steps, sequences, at_once, learning_rate, text_share, weight_decay, gradual, remap),
+            *(looks, patience, seed),
         )
         source = compressed, target, original, text, held_out
         where, others = device_of(device), teacher or ()
