@@ -27,7 +27,7 @@ from .records import write_headline, write_result
 
 MODELS = Path(__file__).parent.parent / "examples" / "models"
 NAMES = ("debian-8m", "debian-moe-8m", "debian-ple-8m")
-HELDOUT = MODELS / "debian-8m" / "heldout.jsonl"
+HELDOUT = MODELS / "debian-8m-dense" / "heldout.jsonl"
 CANDIDATES = 64
 ANSWER_TOKENS = 48
 CHEAP, BIG = "debian-ple-8m", "debian-8m"

@@ -41,7 +41,7 @@ from .records import FOLDER, write_headline, write_result
 
 MODELS = FOLDER.parent / "examples" / "models"
 NAMES = ("debian-8m", "debian-ple-8m", "debian-moe-8m")
-HELDOUT = MODELS / "debian-8m" / "heldout.jsonl"
+HELDOUT = MODELS / "debian-8m-dense" / "heldout.jsonl"
 MAX_ERRORS = (0.005, 0.01, 0.03, 0.12)
 PROMISED = 0.01
 """Of the headline figures."""

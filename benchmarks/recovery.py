@@ -1,12 +1,14 @@
 """How good are the shipped models, compressed and recovered, against the best dense ones?
 
-Trains first, as many jobs side by side as there are GPUs: `recover-NAME` compresses a model of
-`examples/models` and trains what is left, taught by all three; `control-NAME` trains a dense one
-afresh for as many tokens as both trainings had, if there is time for them, as the original may be
-better with more. What became of it is kept in `results/controls`, so that it is not trained again
-for every other way to recover. All are scored on all held-out documents; a ratio is that of a
-recovered model's perplexity and the least of a dense one of its shape. WORK is what
-`python -m examples.train_model corpus` and `encode` have made. Given up: more than one seed.
+Trains first, as many jobs side by side as there are GPUs: `recover-NAME` compresses a model that
+`examples.train_model train` has made (of the shipped ones but one is at hand) and trains what is
+left, taught by all three; `control-NAME` trains a dense one afresh for as many tokens as both
+trainings had, if there is time for them, as the original may be better with more. What became of it
+is kept in `results/controls`, so that it is not trained again for every other way to recover. The
+recovered ones, or those shipped (`WORK examples/models --judge`), are scored on all held-out
+documents; a ratio is that of a recovered model's perplexity and the least of a dense one of its
+shape. WORK is what `python -m examples.train_model corpus` and `encode` have made. Given up: more
+than one seed.
 """
 
 import argparse
@@ -16,7 +18,6 @@ import queue
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -27,11 +28,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from conclave.worker.compress.interchange.exporter import export_checkpoint
 from conclave.worker.compress.quality.report import stored_weights
 from examples.debian_model.checkpoint import load_model
 from examples.debian_model.corpus import HELD_OUT
 from examples.debian_model.encoding import Encoded
+from examples.debian_model.evaluation import read_evaluation
+from examples.debian_model.files import written_by
 from examples.debian_model.scoring import score
 from examples.debian_model.shapes import SHAPES, ShapeName
 
@@ -39,7 +41,6 @@ from .records import HEADLINE, RESULTS, write_headline, write_result
 
 CONTROLS = RESULTS / "controls"
 """What is known of dense models that were trained longer, by name."""
-MODELS = Path("examples/models")
 EPOCHS = 28.0
 """Of recovery, at most: as many as there is time for."""
 KINDS = {
@@ -80,6 +81,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a folder that gets a copy of what is written")
     options = parser.parse_args()
     if not options.judge:
+        for kind in KINDS.values():
+            written_by(f"train --shape {kind.value}", SHAPES[kind].folder)
         jobs = jobs_of(options.work, options.models, options.epochs, options.also)
         chosen = [job for job in jobs if job.name in (options.job or [each.name for each in jobs])]
         if not chosen:
@@ -98,13 +101,14 @@ def jobs_of(work: Path, target: Path, epochs: float, also: Sequence[str] = ()) -
     """Recoveries first, with the options that they take `also`."""
     route = (sys.executable, "-m", "examples.train_model")
     recoveries, controls = [], []
+    originals = {name: SHAPES[kind].folder for name, kind in KINDS.items()}
     for name, kind in KINDS.items():
-        teachers = [f"--teacher={MODELS / other}" for other in KINDS if other != name]
+        teachers = [f"--teacher={own}" for other, own in originals.items() if other != name]
         more = f"--epochs={epochs}", f"--work={work}"
         recover = (
             *route,
             "compress",
-            str(MODELS / name),
+            str(originals[name]),
             str(target / name),
             *more,
             *teachers,
@@ -180,19 +184,14 @@ def judge(work: Path, folder: Path) -> list[dict[str, Any]]:
     for name in KINDS:
         if not (folder / name / "conclave.json").exists():
             continue
-        records = {
-            "original": MODELS / name / "evaluation.json",
-            "control": CONTROLS / f"{name}.json",
-        }
-        dense = {
-            who: json.loads(record.read_text())["heldout"]
-            for who, record in records.items()
-            if record.exists()
-        }
+        evaluation = read_evaluation(folder / name)
+        dense = {"original": evaluation["original"]["heldout"]}
+        control = CONTROLS / f"{name}.json"
+        if control.exists():
+            dense["control"] = json.loads(control.read_text())["heldout"]
         recovered = _scored(folder / name, held_out)
-        one_shot = _scored(folder / f"{name}-one-shot", held_out)
         weights = [each for each in stored_weights(folder / name) if each.layer is not None]
-        row = verdict(name, recovered, one_shot, dense)
+        row = verdict(name, recovered, evaluation["one_shot"], dense)
         pruned = sum(each.weights * each.sparsity for each in weights)
         rows.append(row | {"pruned": pruned, "weights": sum(each.weights for each in weights)})
     return rows
@@ -200,12 +199,8 @@ def judge(work: Path, folder: Path) -> list[dict[str, Any]]:
 
 def _scored(folder: Path, held_out: Encoded) -> Figures:
     """Of a compressed checkpoint, in float32."""
-    budget = 65_536 if torch.cuda.is_available() else 4_096
-    with tempfile.TemporaryDirectory() as temporary:
-        plain = Path(temporary) / "plain"
-        export_checkpoint(folder, plain, "dense", exact=True)
-        model = load_model(plain)
-    scores = score(model.to("cuda" if torch.cuda.is_available() else "cpu"), held_out, budget)
+    device, budget = ("cuda", 65_536) if torch.cuda.is_available() else ("cpu", 4_096)
+    scores = score(load_model(folder).to(device), held_out, budget)
     return {language: own.figures() for language, own in scores.items()}
 
 

@@ -13,7 +13,8 @@ The whole route, one command after the other (run from the repository's root):
 
 That is the dense model. `train`, `evaluate` and `card` take `--shape ple` and `--shape moe` for the
 other two, which share its text, tokens and tokenizer; `mixture` measures the three together, and
-`train --shape large` makes what they have to beat: one model as large as they are together.
+`train --shape large` makes what they have to beat: one model as large as they are together. What
+`compress` has made is shipped; `evaluate` and `card` take it by `--model`.
 
 This is the command line; the steps are in `examples/debian_model/`. Given up: quality beyond
 package descriptions, documents over 2,048 tokens, and resuming a training run.
@@ -41,6 +42,7 @@ from .debian_model.checkpoint import copy_text_files, save_checkpoint
 from .debian_model.compressing import FORMAT, Splits, compress_in_one_shot, recover
 from .debian_model.encoding import Encoded, encode_documents
 from .debian_model.evaluation import (
+    compressed_evaluation,
     final_evaluation,
     read_evaluation,
     sample_record,
@@ -192,9 +194,7 @@ def compress_command(
     """Prune and quantize in one shot, beside TARGET, and recover into it; needs a GPU."""
     until = time.monotonic() + 60 * minutes
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    training, validation = (
-        Encoded.load(work / f"{name}.npz") for name in (corpus.TRAINING, corpus.VALIDATION)
-    )
+    training, validation, held_out = (Encoded.load(work / f"{name}.npz") for name in SPLITS)
     splits = Splits.of(training, validation)
     one_shot = target.with_name(target.name + "-one-shot")
     if not (one_shot / "conclave.json").exists():
@@ -213,6 +213,7 @@ def compress_command(
         looks=looks,
     )
     recover(one_shot, original, target, splits, schedule, device, say, teachers, until)
+    write_evaluation(target, compressed_evaluation(one_shot, original, target, held_out, device))
 
 
 @app.command("evaluate")
@@ -253,7 +254,7 @@ def mixture_command(
     work: WorkOption = WORK_FOLDER,
 ) -> None:
     """Held-out perplexity of the mean of the models' probabilities, for every group of them."""
-    folders = models or [shape.folder for shape in SHAPES.values() if shape.shipped]
+    folders = models or [shape.compressed for shape in SHAPES.values() if shape.compressed]
     held_out = Encoded.load(work / f"{corpus.HELD_OUT}.npz")
     for names, perplexity in mixture_perplexities(folders, held_out).items():
         say(f"{perplexity:8.4f}  {names}")

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from .checkpoint import load_model
+from .compressed_card import comparison_table, recovery_section, storage_section
 from .evaluation import read_evaluation
 from .files import RouteError
 from .prompts import prompt, question
@@ -109,25 +110,43 @@ def greedy_samples(folder: Path) -> str:
 
 def figures_section(folder: Path, evaluation: dict[str, Any]) -> str:
     """The part of the card that is made of figures."""
-    sample = evaluation["sample"]
-    others = "Perplexity of the runs that differ in the weight decay alone:"
-    runs = [others, runs_section(evaluation)] if evaluation.get("other_runs") else []
+    sample, compressed = evaluation["sample"], "original" in evaluation
     parts = [
         "## Held-out perplexity",
-        overview_section(evaluation),
-        language_table(evaluation["heldout"]),
+        *(_of_compressed(folder, evaluation) if compressed else _of_dense(evaluation)),
         "## The shipped sample",
         f"`{sample['command']}` (on a CPU, float32) gives:",
         language_table(sample["figures"]),
-        "## Training",
-        training_section(evaluation["training"]),
-        *runs,
         "## What it writes",
         "Greedy, after the prompts of the first held-out package of four languages, and after a "
         "question in the chat format; taken as they came:",
         greedy_samples(folder),
     ]
     return "\n\n".join(parts)
+
+
+def _of_dense(evaluation: dict[str, Any]) -> list[str]:
+    others = "Perplexity of the runs that differ in the weight decay alone:"
+    runs = [others, runs_section(evaluation)] if evaluation.get("other_runs") else []
+    return [
+        overview_section(evaluation),
+        language_table(evaluation["heldout"]),
+        "## Training",
+        training_section(evaluation["training"]),
+        *runs,
+    ]
+
+
+def _of_compressed(folder: Path, evaluation: dict[str, Any]) -> list[str]:
+    own, one_shot, original = evaluation["heldout"], evaluation["one_shot"], evaluation["original"]
+    return [
+        comparison_table(own, one_shot, original["heldout"]),
+        storage_section(folder),
+        "## Recovery",
+        recovery_section(folder, evaluation),
+        "## The dense original's training",
+        training_section(original["training"]),
+    ]
 
 
 def replace_figures(card: str, section: str) -> str:

@@ -6,12 +6,16 @@ Given up: the optimizer's state; a run that stopped cannot be resumed.
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from safetensors.torch import save_file
+
+from conclave.worker.compress.interchange.exporter import export_checkpoint
+from conclave.worker.compress.manifest import MANIFEST
 
 from .architecture import GENERATION_CONFIG
 from .experts import EVERY_EXPERT
@@ -66,7 +70,13 @@ def copy_text_files(source: Path, folder: Path) -> None:
 
 
 def load_model(folder: Path) -> torch.nn.Module:
-    """The saved checkpoint in float32; refuses one whose tensors do not match the configuration."""
+    """The saved checkpoint in float32, be it compressed; refuses one whose tensors do not match
+    the configuration."""
+    if (folder / MANIFEST).exists():
+        with tempfile.TemporaryDirectory() as temporary:
+            plain = Path(temporary) / "plain"
+            export_checkpoint(folder, plain, "dense", exact=True)
+            return load_model(plain)
     loader: Any = transformers.Gemma4ForCausalLM
     model, report = loader.from_pretrained(
         folder, dtype=torch.float32, experts_implementation="eager", output_loading_info=True

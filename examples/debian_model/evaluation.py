@@ -53,6 +53,18 @@ def final_evaluation(trainer: Trainer, splits: dict[str, Encoded]) -> dict[str, 
     }
 
 
+def compressed_evaluation(
+    one_shot: Path, original: Path, recovered: Path, held_out: Encoded, device: torch.device
+) -> dict[str, Any]:
+    """Figures of what compression has made, in float32, beside those of its original."""
+    budget = 65_536 if device.type == "cuda" else 4_096
+    found = {
+        name: perplexities(score(load_model(folder).to(device), held_out, budget))
+        for name, folder in (("heldout", recovered), ("one_shot", one_shot))
+    }
+    return {**circumstances(device), **found, "original": read_evaluation(original)}
+
+
 def round_weights(model: torch.nn.Module) -> None:
     """Leave the model with what its file can hold."""
     with torch.no_grad():

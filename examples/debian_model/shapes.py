@@ -2,8 +2,9 @@
 
 They differ in architecture, seed and recipe so that their mistakes differ too: an ensemble is worth
 as much as its members disagree. A fourth, `large`, is one dense model of the three's size together:
-what an ensemble of them has to beat. It is not shipped, only its figures are, in
-`examples/models/ensembles.json`. Given up: shipping shapes of more than 16 MB in bfloat16.
+what an ensemble of them has to beat; only its figures are shipped, in
+`examples/models/ensembles.json`. The three are shipped compressed, and the dense one in bfloat16
+too. Given up: shipping shapes of more than 16 MB in bfloat16.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .architecture import CONFIG
 MODELS = Path(__file__).parents[1] / "models"
 UNSHIPPED = Path("build")
 """Where weights go that stay out of the repository."""
-DENSE_FOLDER = MODELS / "debian-8m"
+DENSE_FOLDER = MODELS / "debian-8m-dense"
 """Also where the held-out sample lies that all shapes are measured on."""
 
 
@@ -51,13 +52,14 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder: where it is kept, in what it differs from the dense one, and how it is trained."""
+    """A decoder: in what it differs from the dense one, and how it is trained."""
 
     folder: Path
+    """Where it is trained into."""
+    compressed: Path | None
+    """What is shipped of it; None if nothing is."""
     changes: dict[str, Any] = field(default_factory=dict)
     recipe: Recipe = Recipe()
-    shipped: bool = True
-    """Whether the weights are in the repository."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -72,8 +74,9 @@ def layer_types(pattern: str) -> list[str]:
 
 
 SHAPES = {
-    ShapeName.DENSE: Shape(DENSE_FOLDER),
+    ShapeName.DENSE: Shape(DENSE_FOLDER, MODELS / "debian-8m"),
     ShapeName.PLE: Shape(  # after E2B and E4B
+        UNSHIPPED / "debian-ple-8m",
         MODELS / "debian-ple-8m",
         {
             "attention_k_eq_v": False,
@@ -88,6 +91,7 @@ SHAPES = {
         Recipe(epochs=21.1, weight_decay=3.6, seed=1),
     ),
     ShapeName.MOE: Shape(  # after 26B-A4B
+        UNSHIPPED / "debian-moe-8m",
         MODELS / "debian-moe-8m",
         {
             "enable_moe_block": True,
@@ -102,6 +106,7 @@ SHAPES = {
     ),
     ShapeName.LARGE: Shape(  # the dense one, 1.5 times as wide and as deep
         UNSHIPPED / "debian-23m",
+        None,
         {
             "hidden_size": 384,
             "intermediate_size": 1536,
@@ -110,6 +115,5 @@ SHAPES = {
             "num_hidden_layers": 9,
         },
         Recipe(epochs=18.5, learning_rate=5e-3, weight_decay=5.0, seed=3),
-        shipped=False,
     ),
 }

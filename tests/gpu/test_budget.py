@@ -12,7 +12,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
-MODEL = Path(__file__).parents[2] / "examples" / "models" / "debian-8m"
+MODEL = Path(__file__).parents[2] / "examples" / "models" / "debian-8m-dense"
 
 
 def test_weights_cache_and_steps_stay_within_it() -> None:

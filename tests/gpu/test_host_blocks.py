@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
-MODEL = Path(__file__).parents[2] / "examples" / "models" / "debian-8m"
+MODEL = Path(__file__).parents[2] / "examples" / "models" / "debian-8m-dense"
 COUNT, BLOCKS = 48, 96
 
 

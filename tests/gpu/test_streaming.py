@@ -128,7 +128,7 @@ def answers(engine: Engine) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("weight_bits", [None, 4])
-@pytest.mark.parametrize("name", ["debian-8m", "debian-moe-8m"])
+@pytest.mark.parametrize("name", ["debian-8m-dense", "debian-moe-8m"])
 def test_an_engine_keeps_to_its_budget(name: str, weight_bits: int | None) -> None:
     few: dict[str, Any] = {
         **{"device": "cuda", "max_sequences": 4, "max_step_tokens": 64, "max_context": 512},

@@ -25,7 +25,7 @@ from conclave.worker.config import EngineConfig, WorkerConfig
 from conclave.worker.model.decoder import DenseAttention
 from conclave.worker.serving.server import WorkerServer
 
-SHIPPED = Path(__file__).parents[2] / "examples" / "models" / "debian-8m"
+SHIPPED = Path(__file__).parents[2] / "examples" / "models" / "debian-8m-dense"
 LENGTH = 2
 
 
