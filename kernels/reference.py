@@ -129,7 +129,8 @@ def gated_linear(x: Tensor, weight: PackedWeight) -> Tensor:
 def grouped_linear(x: Tensor, weight: PackedWeight, experts: Tensor, gated: bool = False) -> Tensor:
     """[T, K] to [T, R], token t by the weight `experts[t]` (int32 [T]) of the stack.
 
-    Equal experts lie side by side. One token with several experts is `x.expand(count, -1)`. If `gated`, each is as `gated_linear`.
+    Equal experts lie side by side. One token with several experts is `x.expand(count, -1)`. If
+    `gated`, each is as `gated_linear`.
     """
     if weight.experts is None:
         raise KernelInputError("the weight is a single one; grouped_linear takes a stack")

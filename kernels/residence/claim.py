@@ -19,12 +19,13 @@ from torch import Tensor
 
 from ..errors import KernelInputError
 from ..launching.launch import Kernel, Variant
-from .table import AHEAD, EMPTY, HITS, MISSES, MOST_SLOTS, TAKEN, UNIT, USED, SlotTable
+from .table import AHEAD, EMPTY, HITS, MISSES, MOST_SLOTS, SCAN, TAKEN, UNIT, USED, SlotTable
 
 _UNIT, _EMPTY, _TAKEN = tl.constexpr(UNIT), tl.constexpr(EMPTY), tl.constexpr(TAKEN)
 _MOST = tl.constexpr(MOST_SLOTS)
 _HITS, _MISSES = tl.constexpr(HITS), tl.constexpr(MISSES)
 _AHEAD, _USED = tl.constexpr(AHEAD), tl.constexpr(USED)
+_PART, _WHOLE = map(tl.constexpr, SCAN)
 _WARPS = 8
 _BLOCKS = (16, 128)
 """Choices that are looked at together: those of a token or two, and of many."""
@@ -74,6 +75,7 @@ def _claim(
     hit = needed & (slot >= 0)
     came_early = tl.load(early + slot, mask=hit, other=0)
     before = tl.load(worth + whole, mask=needed, other=0)
+    scan = _WHOLE * tl.sum(found, 0) > _PART * experts
     missing = (needed & (slot < 0)).to(tl.int32)
     wanted = tl.sum(missing, 0)
     tl.debug_barrier()  # several threads read the same; none may be late and read what is stored
@@ -81,7 +83,7 @@ def _claim(
     if not AHEAD:
         tl.store(clock, now)
         tl.store(early + slot, 0, mask=hit)
-        tl.store(worth + whole, _reused(before, now * rate), mask=needed)
+        tl.store(worth + whole, _reused(before, now * rate), mask=needed & (scan == 0))
         tl.store(counts + _HITS, tl.load(counts + _HITS) + tl.sum(hit.to(tl.int32), 0))
         tl.store(counts + _MISSES, tl.load(counts + _MISSES) + wanted)
         tl.store(counts + _USED, tl.load(counts + _USED) + tl.sum(came_early, 0))

@@ -92,12 +92,10 @@ class Fetcher:
     Raises KernelInputError if one is no multiple of 16.
     """
 
-    def __init__(
-        self, addresses: Tensor, stacks: Sequence[Tensor], offsets: Sequence[int]
-    ) -> None:
+    def __init__(self, addresses: Tensor, stacks: Sequence[Tensor], offsets: Sequence[int]) -> None:
         self.addresses = addresses
-        self._parts, self._chunks = [], 0
-        rows = []
+        self._chunks = 0
+        rows: list[list[int]] = []
         for stack, offset in zip(stacks, offsets, strict=True):
             size = stack.shape[1]
             if size % 16 or offset % 16 or stack.data_ptr() % 16 or not stack.is_contiguous():

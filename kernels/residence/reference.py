@@ -4,7 +4,19 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .table import AHEAD, EMPTY, HITS, MISSES, MOST_SLOTS, POISON, TAKEN, USED, SlotTable, reused
+from .table import (
+    AHEAD,
+    EMPTY,
+    HITS,
+    MISSES,
+    MOST_SLOTS,
+    POISON,
+    SCAN,
+    TAKEN,
+    USED,
+    SlotTable,
+    reused,
+)
 
 
 def claim(table: SlotTable, layer: int, chosen: Tensor, ahead: bool = False) -> None:
@@ -18,7 +30,8 @@ def claim(table: SlotTable, layer: int, chosen: Tensor, ahead: bool = False) -> 
     missing = [each for each in needed if slot_of[each] < 0]
     for each in found:
         used[slot_of[each]] = now
-    for each in () if ahead else needed:
+    part, whole = SCAN
+    for each in () if ahead or whole * len(needed) > part * table.experts else needed:
         worth[each] = reused(int(worth[each]), now * table.rate)
     for each in () if ahead else found:
         counts[USED] += early[slot_of[each]]

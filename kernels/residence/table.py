@@ -3,8 +3,14 @@
 All layers share the slots. An expert is worth the more the more often and the more lately it was
 used: the base-2 logarithm of the sum of 2^(when / half-life) over its uses (LRFU, Lee et al. 2001),
 in whole numbers of 1/65,536, so that processors of every make decide alike. A short half-life is
-LRU, a long one LFU; what is not in a slot keeps its worth too. What it gave up: a worth by bytes
-(experts have one size) and by how soon a layer runs again.
+LRU, a long one LFU; what is not in a slot keeps its worth too.
+
+A step that needs nearly all experts of a layer, as a long prompt's does, says nothing about which
+are worth more, and leaves worths as they are. So what it brings is the first to go again, and what
+decoding had in its slots stays: of a scan of more layers than there is room for, LRU would find
+nothing (research: Belady on a cyclic scan).
+
+What it gave up: a worth by bytes (experts have one size) and by how soon a layer runs again.
 """
 
 from dataclasses import dataclass
@@ -21,6 +27,8 @@ NEVER = -(1 << 30)
 """The worth of what was never used."""
 EMPTY = -(1 << 40)
 """The worth of a slot in which nothing lies: it goes first."""
+SCAN = 3, 4
+"""The part of a layer's experts above which a step is a scan."""
 TAKEN = 1 << 62
 """More than the key of any slot that may be had."""
 MOST_SLOTS = 1 << 16

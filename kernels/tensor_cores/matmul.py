@@ -87,9 +87,10 @@ def matmul(
     """(x weight^T + residual) * scale of bfloat16 [tokens, K] into `out` [tokens, R].
 
     Or, with `experts` (int32 [tokens], equal ones side by side, each an index into the stack), each
-    token by its own weight, as in a stack of `among` if that is not 0. `gated` takes rows 2i and 2i + 1 as a gate and its input: gelu(gate) * input, into
-    `out` [tokens, R/2]. All contiguous and on one NVIDIA card from sm_80 on; results depend on no
-    timing. Meant for 5 to some hundred tokens. Raises `KernelInputError` if something does not fit.
+    token by its own weight, as of a stack of `among` if that is not 0. `gated` takes rows 2i and
+    2i + 1 as a gate and its input: gelu(gate) * input, into `out` [tokens, R/2]. All contiguous and
+    on one NVIDIA card from sm_80 on; results depend on no timing. Meant for 5 to some hundred
+    tokens. Raises `KernelInputError` if something does not fit.
     """
     _check(x, weight, out, residual, experts, gated)
     target = target_of(x.get_device())

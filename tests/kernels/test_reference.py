@@ -99,7 +99,9 @@ def test_grouped_linear(text: str) -> None:
     output = grouped_linear(x, packed, experts)
     for token, expert in enumerate(experts.tolist()):
         assert torch.allclose(output[token], linear(x[token], packed.expert(expert)), atol=1e-5)
-    slots = torch.tensor([5, 2, 2, 0, 0, 0], dtype=torch.int32)  # in another order, in a larger stack
+    slots = torch.tensor(
+        [5, 2, 2, 0, 0, 0], dtype=torch.int32
+    )  # in another order, in a larger stack
     places = torch.tensor([3, 2, 1, 2, 2, 0])
     larger = {name: tensor[places] for name, tensor in packed.tensors().items()}
     moved = from_tensors(packed.format, packed.rows, packed.columns, larger)

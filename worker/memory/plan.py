@@ -1,9 +1,9 @@
 """How a memory budget is divided up: weights, slots, cache, one step. A pure function of sizes.
 
 Weights come first: if all fit beside the smallest cache and the worst step, all stay, and the cache
-gets the rest. Else the cache gets a share in which several sequences run together. If experts may be
-streamed and those of one layer have room beside all else, they get slots for what is left; else
-whole layers are streamed until the budget holds, and what is left over is the cache's again.
+gets the rest. Else the cache gets a share in which several sequences run together. If experts may
+be streamed and those of one layer have room beside all else, they get slots for what is left; else
+whole layers are streamed until the budget holds. What is left over is the cache's again.
 """
 
 from collections.abc import Sequence

@@ -101,7 +101,7 @@ class ExpertCache:
             return
         place = len(self._blocks)
         assert self.slots.layers[place] == layer, "layers come in order"
-        feed_forward = decoder.layers[layer].feed_forward
+        feed_forward = decoder.get_submodule(f"layers.{layer}.feed_forward")
         assert isinstance(feed_forward, FeedForward) and feed_forward.experts is not None
         own = feed_forward.experts
         block = HostBlock(
@@ -139,7 +139,7 @@ class ExpertCache:
         for module, following in zip(self._modules, [*self._modules[1:], None], strict=True):
             module.put(self._stacks, following)
         for layer, module in zip(self.slots.layers, self._modules, strict=True):
-            _hook(decoder.layers[layer].feed_forward, module)
+            _hook(decoder.get_submodule(f"layers.{layer}.feed_forward"), module)
 
     def begin(
         self, place: int, chosen: Tensor, residual: Tensor, following: SlottedExperts | None

@@ -57,9 +57,9 @@ class SlottedExperts(Experts):
 
     def begin(self, residual: Tensor) -> None:
         """Choose experts by `residual` [T, hidden], and let them come."""
-        self._routed = weights, chosen = super().route(residual)
+        self._routed = super().route(residual)
         following = self._following[0] if self._following else None
-        self._shelf.begin(self.place, chosen, residual, following)
+        self._shelf.begin(self.place, self._routed[1], residual, following)
 
     def route(self, residual: Tensor) -> tuple[Tensor, Tensor]:
         """What `begin` has chosen."""

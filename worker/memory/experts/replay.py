@@ -1,0 +1,90 @@
+"""A trace of choices played through a policy: how many experts it finds in slots, and at best.
+
+At best is Belady's rule, which knows the future: whoever is needed again last goes first. Both
+hold the experts of a running layer, and fetch on demand alone. A pure function of the trace.
+"""
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from ....kernels.residence import reference
+from ....kernels.residence.table import HALF_LIFE, HITS, MISSES, SlotTable
+
+_NEVER = 1 << 60
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """What came of a trace, by distinct experts of each layer's step."""
+
+    hits: int
+    misses: int
+
+    @property
+    def rate(self) -> float:
+        """Of what was asked for, the part that was found."""
+        return self.hits / max(1, self.hits + self.misses)
+
+
+def by_policy(trace: Tensor, experts: int, slots: int, half_life: float = HALF_LIFE) -> Replay:
+    """Replay int64 [steps, layers, choices] by the rule that engines use, `SlotTable`'s."""
+    table = SlotTable.empty(trace.shape[1], experts, slots, torch.device("cpu"), half_life)
+    for step in trace:
+        for layer, chosen in enumerate(step):
+            reference.claim(table, layer, chosen)
+    counts = table.counts.tolist()
+    return Replay(counts[HITS], counts[MISSES])
+
+
+def by_age(trace: Tensor, experts: int, slots: int) -> Replay:
+    """The same where whoever was used longest ago goes first (LRU)."""
+    held: OrderedDict[int, None] = OrderedDict()
+    hits = misses = 0
+    for needed in _needed(trace, experts):
+        found = needed & held.keys()
+        hits, misses = hits + len(found), misses + len(needed) - len(found)
+        for each in sorted(needed):
+            held[each] = None
+            held.move_to_end(each)
+        while len(held) > slots:
+            held.popitem(last=False)
+    return Replay(hits, misses)
+
+
+def at_best(trace: Tensor, experts: int, slots: int) -> Replay:
+    """The same where whoever is needed again last goes first (Belady)."""
+    steps = list(_needed(trace, experts))
+    again: list[dict[int, int]] = []
+    seen: dict[int, int] = {}
+    for time, needed in reversed(list(enumerate(steps))):
+        again.append({each: seen.get(each, _NEVER) for each in needed})
+        seen.update(dict.fromkeys(needed, time))
+    held: dict[int, int] = {}
+    latest: list[tuple[int, int]] = []
+    hits = misses = 0
+    for needed, times in zip(steps, reversed(again), strict=True):
+        found = needed & held.keys()
+        hits, misses = hits + len(found), misses + len(needed) - len(found)
+        room = slots - len(needed - found)
+        while len(held) > room:
+            time, each = heapq.heappop(latest)
+            if held.get(each) == -time and each not in needed:
+                del held[each]
+        held.update(times)
+        for each, time in times.items():
+            heapq.heappush(latest, (-time, each))
+    return Replay(hits, misses)
+
+
+def _needed(trace: Tensor, experts: int) -> Iterator[set[int]]:
+    """Of each layer's step in their order, experts by layer * experts + number."""
+    layers = trace.shape[1]
+    for number, chosen in zip(count(), trace.flatten(0, 1).tolist()):
+        first = number % layers * experts
+        yield {first + each for each in chosen}
