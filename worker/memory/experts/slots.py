@@ -61,6 +61,17 @@ class ExpertSlots:
         """Of all experts that can be in slots."""
         return self.slots / (len(self.layers) * self.experts)
 
+    def missing(self, active: int, tokens: int) -> float:
+        """Experts that a step of so many tokens is expected to lack, of all layers together.
+
+        One token finds what `hit_rate` says; the more experts a step needs, the nearer it comes to
+        the share of them that is in slots.
+        """
+        needed = self.experts * (1 - (1 - active / self.experts) ** tokens)
+        crowd = (needed - active) / max(1, self.experts - active)
+        found = self.hit_rate * (1 - crowd) + self.share * crowd
+        return len(self.layers) * needed * (1 - found)
+
     @property
     def hit_rate(self) -> float:
         """To be expected of one sequence that decodes, by `HIT_RATES`."""
