@@ -109,7 +109,8 @@ def test_where_experts_have_slots() -> None:
     demand = one | knobs(prefetch=False)
     little = plan_of(model, storage, least_of(model, storage, **demand), **demand)
     assert little.residency.streamed and little.experts is None  # no room for a layer's slots
-    plain = plan_of(*INT4, 16 * GIB, **SLOTTED)
+    model, storage = INT4
+    plain = plan_of(model, storage, 16 * GIB, **SLOTTED)
     assert plain.experts is None and plain.residency.streamed
 
 

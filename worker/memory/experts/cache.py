@@ -14,7 +14,6 @@ An expert is never left out or replaced by another. What it gave up: copy engine
 bytes a second but must be told by a host; and slots for experts of several kinds.
 """
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -77,7 +76,8 @@ class ExpertCache:
     ) -> None:
         self.slots = slots
         self.table = SlotTable.empty(len(slots.layers), slots.experts, slots.slots, device)
-        self._device, self._predict, self._poison = device, predict, poison
+        self.predict = predict
+        self._device, self._poison = device, poison
         self._blocks: list[HostBlock] = []
         self._modules: list[SlottedExperts] = []
         self._stacks: list[Tensor] = []
@@ -110,10 +110,14 @@ class ExpertCache:
             "or raise knobs.memory_budget so that all stay",
         )
         self._blocks.append(block)
-        rows = block.memory.view(self.slots.experts, -1)
-        for offset, tensor in zip(self.slots.offsets, _tensors(own), strict=True):
+        # Put together where they are, as one copy is faster than many small ones.
+        together = torch.zeros(
+            (self.slots.experts, self.slots.expert_bytes), dtype=torch.uint8, device=self._device
+        )
+        for offset, tensor in zip(self.slots.offsets, large_tensors(own), strict=True):
             part = tensor.detach().contiguous().flatten(1).view(torch.uint8)
-            rows[:, offset : offset + part.shape[1]] = part
+            together[:, offset : offset + part.shape[1]] = part
+        block.memory.copy_(together.flatten())
         if self._device.type == "cuda":
             block.lock()
         feed_forward.experts = self._slotted(own, place)
@@ -159,7 +163,7 @@ class ExpertCache:
             self._bring(place, chosen, ahead=False)
             if self._side is not None:
                 self._ready = self._side.record_event()
-            if self._predict and following is not None:
+            if self.predict and following is not None:
                 foreseen = following.foresee(residual)
                 self._bring(place + 1, foreseen, ahead=True)
 
@@ -218,11 +222,6 @@ class ExpertCache:
 
     def _aside(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._side is None else torch.cuda.stream(self._side)
-
-
-def _tensors(own: Experts) -> Sequence[Tensor]:
-    """What holds a layer's experts, [experts, ...] each."""
-    return list(large_tensors(own))
 
 
 def _hook(feed_forward: torch.nn.Module, module: SlottedExperts) -> None:

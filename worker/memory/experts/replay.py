@@ -8,7 +8,6 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count
 
 import torch
 from torch import Tensor
@@ -32,32 +31,38 @@ class Replay:
         return self.hits / max(1, self.hits + self.misses)
 
 
-def by_policy(trace: Tensor, experts: int, slots: int, half_life: float = HALF_LIFE) -> Replay:
-    """Replay int64 [steps, layers, choices] by the rule that engines use, `SlotTable`'s."""
+def by_policy(
+    trace: Tensor, experts: int, slots: int, warm: int = 0, half_life: float = HALF_LIFE
+) -> Replay:
+    """Replay int64 [steps, layers, choices] by the rule that engines use, `SlotTable`'s.
+
+    The first `warm` steps fill the slots and do not count.
+    """
     table = SlotTable.empty(trace.shape[1], experts, slots, torch.device("cpu"), half_life)
-    for step in trace:
+    for number, step in enumerate(trace):
+        if number == warm:
+            table.counts.zero_()
         for layer, chosen in enumerate(step):
             reference.claim(table, layer, chosen)
     counts = table.counts.tolist()
     return Replay(counts[HITS], counts[MISSES])
 
 
-def by_age(trace: Tensor, experts: int, slots: int) -> Replay:
+def by_age(trace: Tensor, experts: int, slots: int, warm: int = 0) -> Replay:
     """The same where whoever was used longest ago goes first (LRU)."""
     held: OrderedDict[int, None] = OrderedDict()
-    hits = misses = 0
+    counted = _Counter(warm * trace.shape[1])
     for needed in _needed(trace, experts):
-        found = needed & held.keys()
-        hits, misses = hits + len(found), misses + len(needed) - len(found)
+        counted.add(needed, needed & held.keys())
         for each in sorted(needed):
             held[each] = None
             held.move_to_end(each)
         while len(held) > slots:
             held.popitem(last=False)
-    return Replay(hits, misses)
+    return counted.replay()
 
 
-def at_best(trace: Tensor, experts: int, slots: int) -> Replay:
+def at_best(trace: Tensor, experts: int, slots: int, warm: int = 0) -> Replay:
     """The same where whoever is needed again last goes first (Belady)."""
     steps = list(_needed(trace, experts))
     again: list[dict[int, int]] = []
@@ -67,10 +72,10 @@ def at_best(trace: Tensor, experts: int, slots: int) -> Replay:
         seen.update(dict.fromkeys(needed, time))
     held: dict[int, int] = {}
     latest: list[tuple[int, int]] = []
-    hits = misses = 0
+    counted = _Counter(warm * trace.shape[1])
     for needed, times in zip(steps, reversed(again), strict=True):
         found = needed & held.keys()
-        hits, misses = hits + len(found), misses + len(needed) - len(found)
+        counted.add(needed, found)
         room = slots - len(needed - found)
         while len(held) > room:
             time, each = heapq.heappop(latest)
@@ -79,12 +84,29 @@ def at_best(trace: Tensor, experts: int, slots: int) -> Replay:
         held.update(times)
         for each, time in times.items():
             heapq.heappush(latest, (-time, each))
-    return Replay(hits, misses)
+    return counted.replay()
+
+
+class _Counter:
+    """Hits and misses after so many steps of a layer."""
+
+    def __init__(self, skipped: int) -> None:
+        self._skipped = skipped
+        self._hits = self._misses = 0
+
+    def add(self, needed: set[int], found: set[int]) -> None:
+        self._skipped -= 1
+        if self._skipped < 0:
+            self._hits += len(found)
+            self._misses += len(needed) - len(found)
+
+    def replay(self) -> Replay:
+        return Replay(self._hits, self._misses)
 
 
 def _needed(trace: Tensor, experts: int) -> Iterator[set[int]]:
     """Of each layer's step in their order, experts by layer * experts + number."""
     layers = trace.shape[1]
-    for number, chosen in zip(count(), trace.flatten(0, 1).tolist()):
+    for number, chosen in enumerate(trace.flatten(0, 1).tolist()):
         first = number % layers * experts
         yield {first + each for each in chosen}
