@@ -138,7 +138,7 @@ def measure(length: Length, dry: bool) -> dict[str, Any]:
         "slot_bytes": slots.expert_bytes,
         "rows": rows,
         "policy": {f"batch {batch}": replayed(own, slots, length) for batch, own in routes.items()},
-        "shipped": shipped(*((2, 60) if dry else (40, 4000))),
+        "shipped": shipped(*((2, 60) if dry else (20, 2000))),
     }
 
 

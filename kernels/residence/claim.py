@@ -27,6 +27,8 @@ _HITS, _MISSES = tl.constexpr(HITS), tl.constexpr(MISSES)
 _AHEAD, _USED = tl.constexpr(AHEAD), tl.constexpr(USED)
 _PART, _WHOLE = map(tl.constexpr, SCAN)
 _WARPS = 8
+_FEWEST = 128, 1024
+"""Experts and slots that a program has at least: fewer are not worth a program of their own."""
 _BLOCKS = (16, 128)
 """Choices that are looked at together: those of a token or two, and of many."""
 
@@ -121,13 +123,13 @@ _claimed = Kernel(_claim, name="claim_slots", grid="1")
 def _constants(experts: int, slots: int, choices: int, ahead: bool) -> dict[str, object]:
     block = next((each for each in _BLOCKS if each >= choices), _BLOCKS[-1])
     return {
-        **{"AHEAD": ahead, "EXPERTS": triton.next_power_of_2(experts)},
-        **{"SLOTS": triton.next_power_of_2(slots), "BLOCK": block},
+        **{"AHEAD": ahead, "EXPERTS": max(_FEWEST[0], triton.next_power_of_2(experts))},
+        **{"SLOTS": max(_FEWEST[1], triton.next_power_of_2(slots)), "BLOCK": block},
     }
 
 
 def variants() -> Iterator[Variant]:
-    """What the bundle holds: 128 experts a layer, up to 30 layers of them."""
+    """What the bundle holds: up to 128 experts a layer, and 4,096 slots."""
     state = ("*i32", "*i32", "*i64", "*i32", "*i64", "*i64", "*i64", "*i32")
     types = (*state, "*i64", *["i32"] * 5)
     for ahead, slots, block in product((False, True), (1024, 2048, 4096), _BLOCKS):
