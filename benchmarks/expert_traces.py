@@ -29,40 +29,50 @@ Row = dict[str, Any]
 
 def drawn(
     steps: int, layers: int, experts: int, active: int, sequences: int = 1, seed: int = 0
-) -> Tensor:
-    """int64 [steps, layers, sequences, active], all of a token different."""
+) -> tuple[Tensor, Tensor]:
+    """int64 [steps, layers, sequences, active] chosen, and as many that came next in the draw."""
     draw = torch.Generator().manual_seed(seed)
     ranks = torch.rand(layers, 1, experts, generator=draw).argsort(-1).argsort(-1)
     popular = -STEEP * torch.log(ranks + 1.0 + FLAT)
-    chosen = torch.empty(steps, layers, sequences, active, dtype=torch.int64)
+    best = torch.empty(steps, layers, sequences, 2 * active, dtype=torch.int64)
     for step in range(steps):
         noise = torch.rand(layers, sequences, experts, generator=draw).clamp_(1e-9, 1 - 1e-7)
         keys = popular - torch.log(-torch.log(noise))  # Gumbel: the best are a draw without return
         if step:
             stays = torch.rand(layers, sequences, active, generator=draw) < STAYS
             kept = torch.where(stays, 1e3, 0.0)
-            keys = keys.scatter_add(-1, chosen[step - 1], kept)
-        chosen[step] = keys.topk(active, -1).indices
-    return chosen
+            keys = keys.scatter_add(-1, best[step - 1, ..., :active], kept)
+        best[step] = keys.topk(2 * active, -1).indices
+    return best[..., :active].contiguous(), best[..., active:].contiguous()
 
 
-def foreseen(trace: Tensor, experts: int, right: float, seed: int = 1) -> Tensor:
-    """The same, each choice wrong with a probability of 1 - `right`: another expert then."""
+def foreseen(chosen: Tensor, following: Tensor, right: float, seed: int = 1) -> Tensor:
+    """Guesses at choices, each wrong with a probability of 1 - `right`.
+
+    Then it is one that came next in the draw, as a router's near misses are.
+    """
     draw = torch.Generator().manual_seed(seed)
-    wrong = torch.rand(trace.shape, generator=draw) >= right
-    other = torch.randint(experts, trace.shape, generator=draw)
-    return torch.where(wrong, other, trace)
+    wrong = torch.rand(chosen.shape, generator=draw) >= right
+    return torch.where(wrong, following, chosen)
 
 
-def rates(trace: Tensor, experts: int, slots: int, warm: int) -> Row:
-    """Hit rates of the policy, of LRU and at best, and the policy's regret in points."""
+def rates(trace: Tensor, experts: int, slots: int, warm: int, guessed: Tensor | None = None) -> Row:
+    """Hit rates of the policy, of LRU and at best, and the policy's regret in points.
+
+    With guesses also what fetching ahead by them brings.
+    """
     flat = trace.flatten(2)
     found = {
         "policy": by_policy(flat, experts, slots, warm).rate,
         "lru": by_age(flat, experts, slots, warm).rate,
         "belady": at_best(flat, experts, slots, warm).rate,
     }
-    return found | {"regret_points": 100 * (found["belady"] - found["policy"])}
+    found["regret_points"] = 100 * (found["belady"] - found["policy"])
+    if guessed is not None:
+        ahead = by_policy(flat, experts, slots, warm, foreseen=guessed.flatten(2))
+        precision = ahead.foreseen_used / max(1, ahead.foreseen)
+        found |= {"foreseen": ahead.rate, "foreseen_precision": precision}
+    return found
 
 
 def shipped(texts: int, most: int) -> list[Row]:

@@ -2,10 +2,11 @@
 
 The 26B shape in dense int4 with random weights decodes along a drawn trace of choices
 (`expert_traces`), which replaces the router's: resident, with experts fetched on demand, and with
-those of the next layer foreseen, of which 85 % are right. Each way is one CUDA graph of a step,
-replayed token after token; the first tokens fill the slots and do not count. Attention sees only
-the tokens of the step: no cache is read, but memory is set aside for one. Beside it, without a GPU,
-hit rates of the policy against LRU and Belady, of that trace and of the shipped model's own.
+those of the next layer foreseen, of which 85 % are right and the others near misses. Each way is
+one CUDA graph of a step, replayed token after token; the first tokens fill the slots and do not
+count. Attention sees only the tokens of the step: no cache is read, but memory is set aside for
+one. Beside it, without a GPU, hit rates of the policy against LRU and Belady, of that trace and of
+the shipped model's own.
 
 Run it as `python -m benchmarks.experts_offload` on a machine with one NVIDIA card.
 """
@@ -130,7 +131,8 @@ def measure(length: Length, dry: bool) -> dict[str, Any]:
     clear()
     return {
         "what": f"26B shape in {FORMAT}, random weights, embeddings in int8; choices drawn: "
-        f"popularity (rank + {FLAT})^-{STEEP:g}, {STAYS:g} stay, {RIGHT:g} foreseen rightly",
+        f"popularity (rank + {FLAT})^-{STEEP:g}, {STAYS:g} stay, {RIGHT:g} foreseen rightly, "
+        "else one that came next in the draw",
         "link_gb_per_s": link / 1e9,
         "budget_gib": BUDGET,
         "slots": slots.slots,
@@ -156,9 +158,10 @@ def slots_of(source: RandomModel, dry: bool) -> ExpertSlots:
 
 
 def replayed(routing: "Routing", slots: ExpertSlots, length: Length) -> Row:
-    """The policy on this trace, on demand; of several sequences a shorter part of it."""
+    """The policy on this trace; of several sequences a shorter part of it."""
     most = length.steps if routing.trace.shape[2] == 1 else length.warm + length.each
-    return rates(routing.trace[:most], slots.experts, slots.slots, length.warm)
+    played = routing.trace[:most], slots.experts, slots.slots, length.warm
+    return rates(*played, routing.guessed[:most])
 
 
 class Routing:
@@ -167,10 +170,10 @@ class Routing:
     def __init__(self, config: ModelConfig, batch: int, steps: int) -> None:
         kind = config.layers[0].experts
         assert kind is not None
-        self.trace = drawn(steps, len(config.layers), kind.count, kind.active, batch)
-        guessed = foreseen(self.trace, kind.count, RIGHT)
+        self.trace, following = drawn(steps, len(config.layers), kind.count, kind.active, batch)
+        self.guessed = foreseen(self.trace, following, RIGHT)
         self._chosen = self.trace.transpose(0, 1).contiguous().to(DEVICE)
-        self._foreseen = guessed.transpose(0, 1).contiguous().to(DEVICE)
+        self._foreseen = self.guessed.transpose(0, 1).contiguous().to(DEVICE)
         self._step = torch.zeros(1, dtype=torch.int64, device=DEVICE)
         self.batch = batch
 

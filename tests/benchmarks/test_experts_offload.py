@@ -23,15 +23,18 @@ def test_rows_answer_as_resident_ones() -> None:
 
 
 def test_traces_have_the_locality_that_is_told() -> None:
-    trace = drawn(240, 4, 128, 8)
+    trace, following = drawn(240, 4, 128, 8)
     assert all(len(own.unique()) == 8 for own in trace[7].flatten(0, 1))
     for share, published in ((0.38, 0.894), (0.63, 0.962)):
         found = rates(trace, 128, round(share * 4 * 128), 60)
         assert abs(found["lru"] - published) < 0.03
         assert found["lru"] < found["policy"] < found["belady"] and found["regret_points"] < 6
-    guessed = foreseen(trace, 128, 0.85)
+    guessed = foreseen(trace, following, 0.85)
     assert abs((guessed == trace).double().mean() - 0.85) < 0.01
-    assert torch.equal(drawn(240, 4, 128, 8), trace)
+    assert torch.equal(drawn(240, 4, 128, 8)[0], trace)
+    slots = round(0.38 * 4 * 128)
+    ahead = rates(trace, 128, slots, 60, guessed)
+    assert ahead["foreseen"] > 0.92 and ahead["foreseen_precision"] > 0.6
 
 
 @pytest.mark.parametrize("fault", [{"same": False}, {"peak_gib": 8.1}])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ....kernels.residence import reference
-from ....kernels.residence.table import HALF_LIFE, HITS, MISSES, SlotTable
+from ....kernels.residence.table import AHEAD, HALF_LIFE, HITS, MISSES, USED, SlotTable
 
 _NEVER = 1 << 60
 
@@ -24,6 +24,9 @@ class Replay:
 
     hits: int
     misses: int
+    foreseen: int = 0
+    """Fetched ahead."""
+    foreseen_used: int = 0
 
     @property
     def rate(self) -> float:
@@ -32,11 +35,17 @@ class Replay:
 
 
 def by_policy(
-    trace: Tensor, experts: int, slots: int, warm: int = 0, half_life: float = HALF_LIFE
+    trace: Tensor,
+    experts: int,
+    slots: int,
+    warm: int = 0,
+    half_life: float = HALF_LIFE,
+    foreseen: Tensor | None = None,
 ) -> Replay:
     """Replay int64 [steps, layers, choices] by the rule that engines use, `SlotTable`'s.
 
-    The first `warm` steps fill the slots and do not count.
+    The first `warm` steps fill the slots and do not count. With `foreseen`, guesses of the same
+    shape, a layer's are fetched while the layer before it runs.
     """
     table = SlotTable.empty(trace.shape[1], experts, slots, torch.device("cpu"), half_life)
     for number, step in enumerate(trace):
@@ -44,8 +53,10 @@ def by_policy(
             table.counts.zero_()
         for layer, chosen in enumerate(step):
             reference.claim(table, layer, chosen)
+            if foreseen is not None and layer + 1 < len(step):
+                reference.claim(table, layer + 1, foreseen[number, layer + 1], ahead=True)
     counts = table.counts.tolist()
-    return Replay(counts[HITS], counts[MISSES])
+    return Replay(counts[HITS], counts[MISSES], counts[AHEAD], counts[USED])
 
 
 def by_age(trace: Tensor, experts: int, slots: int, warm: int = 0) -> Replay:
