@@ -34,8 +34,10 @@ TAKEN = 1 << 62
 MOST_SLOTS = 1 << 16
 POISON = 0xFF
 """A byte of which every float is NaN."""
-HALF_LIFE = 64
-"""Steps after which a use counts half; see `benchmarks.experts_offload`."""
+HALF_LIFE = 16
+"""Steps after which a use counts half. Where popularity stays (128 experts, 38 % in slots) 4 steps
+find 89.3 % and 16 to 512 find 90.2; of what the shipped model chooses as it reads (38 % of 48) 4
+steps find 66.6 %, 16 find 65.8, 64 find 63.1 and 256 find 58.0."""
 HITS, MISSES, AHEAD, USED = range(4)
 """Places in `SlotTable.counts`."""
 
