@@ -1,11 +1,11 @@
 """Which experts a router chooses, token after token: drawn with stated locality, or a real model's.
 
 Drawn: each layer has a popularity of its own, (rank + 5)^-2, and each expert of a token is one of
-the next token's with a probability of 0.25. With that LRU finds 75.7, 89.8 and 96.3 % of the choices
-where 19, 38 and 63 % of the experts of 30 layers are in slots; published of Qwen3-30B, which takes
-8 of 128 too, are 74.1, 89.4 and 96.2 (imp#1374). The published 36.6 % with 6 % in slots are not met:
-so few are less than one token takes, of which LRU over all layers finds nothing. What it gave up:
-popularity that changes with the text, and layers that choose alike.
+the next token's with a probability of 0.25. With that LRU finds 75.7, 89.8 and 96.3 % of the
+choices where 19, 38 and 63 % of the experts of 30 layers are in slots; published of Qwen3-30B,
+which takes 8 of 128 too, are 74.1, 89.4 and 96.2 (imp#1374). The published 36.6 % with 6 % in
+slots are not met: so few are less than one token takes, and LRU over all layers finds nothing.
+What it gave up: popularity that changes with the text, and layers that choose alike.
 """
 
 import json
