@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from conclave.kernels.formats import Format, PackedWeight, from_tensors
 from conclave.kernels.layouts import pack
+from conclave.worker.memory.experts.cache import ExpertCache
 from conclave.worker.memory.streaming import LayerStream
 from conclave.worker.model.config import ModelConfig
 from conclave.worker.model.decoder import Decoder
@@ -41,8 +42,8 @@ class RandomModel:
         large = {name: self.format for names in packable(blank).values() for name in names}
         return large | {name: TABLES for names in tables(blank).values() for name in names}
 
-    def decoder(self, stream: LayerStream | None = None) -> Decoder:
-        """A new one, some of its layers taken by `stream`."""
+    def decoder(self, stream: LayerStream | ExpertCache | None = None) -> Decoder:
+        """A new one, some of its layers, or their experts, taken by `stream`."""
         draw = torch.Generator(self.device).manual_seed(1)  # of its own: all decoders are equal
         decoder = blank_decoder(self.config)
         for index, layer in enumerate(decoder.layers):

@@ -62,13 +62,19 @@ def gated_linear(x: Tensor, weight: PackedWeight) -> Tensor:
     return result
 
 
-def grouped_linear(x: Tensor, weight: PackedWeight, experts: Tensor, gated: bool = False) -> Tensor:
-    """[T, K] to [T, R], token t by the weight `experts[t]` (int32 [T], ascending) of the stack.
+def grouped_linear(
+    x: Tensor, weight: PackedWeight, experts: Tensor, gated: bool = False, among: int = 0
+) -> Tensor:
+    """[T, K] to [T, R], token t by the weight `experts[t]` (int32 [T]) of the stack.
 
     As `reference.grouped_linear`. Up to as many tokens as there are experts, the one with its eight
-    above all, each reads its expert's weight; of more, those of an expert share it. That they
-    ascend is not checked on a card, where it would have to be waited for: what does not is left
-    unwritten. Raises `KernelInputError` if something else does not fit.
+    above all, each reads its expert's weight; of more, those of an expert share it. For that, equal
+    ones lie side by side, in any order; this is not checked on a card, where it would have to be
+    waited for: what does not is left unwritten.
+
+    `among` is how many experts there are to choose from, where the stack holds more: slots that
+    several layers share. The results are then, bit for bit, those of a stack of so many.
+    Raises `KernelInputError` if something else does not fit.
     """
     _check(x, weight, None, gated)
     if x.dim() != 2 or experts.shape != x.shape[:1] or experts.dtype != torch.int32:
@@ -78,7 +84,7 @@ def grouped_linear(x: Tensor, weight: PackedWeight, experts: Tensor, gated: bool
         )
     if weight.experts is None:
         raise KernelInputError("the weight is a single one; grouped_linear takes a stack")
-    result: Tensor = torch.ops.conclave.grouped_linear(x, *_fields(weight), experts, gated)
+    result: Tensor = torch.ops.conclave.grouped_linear(x, *_fields(weight), experts, gated, among)
     return result
 
 
@@ -247,9 +253,10 @@ def _grouped_linear(
     rows: int,
     experts: Tensor,
     gated: bool,
+    among: int,
 ) -> Tensor:
     weight = PackedWeight(Format.parse(format), rows, x.shape[-1], codes, positions, scales)
-    stack = weight.experts or 1
+    stack = among or weight.experts or 1
     sparsely = sparse.supports(weight.format, weight.columns)
     if x.device.type != "cuda" or not (sparsely or dense.supports(weight.format, weight.columns)):
         return reference.grouped_linear(x, weight, experts, gated)
@@ -258,7 +265,7 @@ def _grouped_linear(
     if len(x) > stack and _on_tensor_cores(x, weight):
         for first in range(0, len(x), MOST_TOKENS):
             part = slice(first, first + MOST_TOKENS)
-            matmul(x[part], weight, out[part], experts=experts[part], gated=gated)
+            matmul(x[part], weight, out[part], experts=experts[part], gated=gated, among=among)
     elif len(x):
         op = dense.dense_gemv
         if sparsely:
@@ -277,5 +284,6 @@ def _(
     rows: int,
     experts: Tensor,
     gated: bool,
+    among: int,
 ) -> Tensor:
     return x.new_empty((len(x), rows // 2 if gated else rows))

@@ -127,9 +127,10 @@ def gated_linear(x: Tensor, weight: PackedWeight) -> Tensor:
 
 
 def grouped_linear(x: Tensor, weight: PackedWeight, experts: Tensor, gated: bool = False) -> Tensor:
-    """[T, K] to [T, R], token t by the weight `experts[t]` (int32 [T], ascending) of the stack.
+    """[T, K] to [T, R], token t by the weight `experts[t]` (int32 [T]) of the stack.
 
-    One token with several experts is `x.expand(count, -1)`. If `gated`, each is as `gated_linear`.
+    Equal experts lie side by side. One token with several experts is `x.expand(count, -1)`. If
+    `gated`, each is as `gated_linear`.
     """
     if weight.experts is None:
         raise KernelInputError("the weight is a single one; grouped_linear takes a stack")
@@ -138,8 +139,8 @@ def grouped_linear(x: Tensor, weight: PackedWeight, experts: Tensor, gated: bool
             f"x is {tuple(x.shape)} and experts {experts.dtype} {tuple(experts.shape)}; "
             "they must be [T, K] and int32 [T]"
         )
-    if bool((experts[1:] < experts[:-1]).any()):
-        raise KernelInputError("experts must ascend; sort the tokens by them")
+    if len(experts.unique_consecutive()) > len(experts.unique()):
+        raise KernelInputError("equal experts must lie side by side; sort the tokens by them")
     rows = weight.rows // 2 if gated else weight.rows
     output = torch.empty(len(x), rows, dtype=x.dtype, device=x.device)
     for index in experts.unique().tolist():

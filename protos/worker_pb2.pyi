@@ -187,7 +187,7 @@ class GetLoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetLoadResponse(_message.Message):
-    __slots__ = ("running_sequences", "waiting_sequences", "outstanding_tokens", "pools", "prompt_tokens", "cached_tokens", "completion_tokens", "preemptions", "steps", "tokens_per_second", "draining", "step_age_seconds", "streaming")
+    __slots__ = ("running_sequences", "waiting_sequences", "outstanding_tokens", "pools", "prompt_tokens", "cached_tokens", "completion_tokens", "preemptions", "steps", "tokens_per_second", "draining", "step_age_seconds", "streaming", "experts")
     RUNNING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     WAITING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     OUTSTANDING_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -201,6 +201,7 @@ class GetLoadResponse(_message.Message):
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     STEP_AGE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     STREAMING_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
     running_sequences: int
     waiting_sequences: int
     outstanding_tokens: int
@@ -214,7 +215,8 @@ class GetLoadResponse(_message.Message):
     draining: bool
     step_age_seconds: float
     streaming: Streaming
-    def __init__(self, running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., outstanding_tokens: _Optional[int] = ..., pools: _Optional[_Iterable[_Union[BlockPool, _Mapping]]] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., steps: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., draining: _Optional[bool] = ..., step_age_seconds: _Optional[float] = ..., streaming: _Optional[_Union[Streaming, _Mapping]] = ...) -> None: ...
+    experts: Experts
+    def __init__(self, running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., outstanding_tokens: _Optional[int] = ..., pools: _Optional[_Iterable[_Union[BlockPool, _Mapping]]] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., steps: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., draining: _Optional[bool] = ..., step_age_seconds: _Optional[float] = ..., streaming: _Optional[_Union[Streaming, _Mapping]] = ..., experts: _Optional[_Union[Experts, _Mapping]] = ...) -> None: ...
 
 class Streaming(_message.Message):
     __slots__ = ("layers", "slots", "host_bytes", "copied_bytes", "stalled_seconds")
@@ -229,6 +231,32 @@ class Streaming(_message.Message):
     copied_bytes: int
     stalled_seconds: float
     def __init__(self, layers: _Optional[int] = ..., slots: _Optional[int] = ..., host_bytes: _Optional[int] = ..., copied_bytes: _Optional[int] = ..., stalled_seconds: _Optional[float] = ...) -> None: ...
+
+class Experts(_message.Message):
+    __slots__ = ("layers", "experts", "slots", "host_bytes", "hits", "misses", "foreseen", "foreseen_used", "fetched_bytes", "wasted_bytes", "stalled_seconds")
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    HOST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HITS_FIELD_NUMBER: _ClassVar[int]
+    MISSES_FIELD_NUMBER: _ClassVar[int]
+    FORESEEN_FIELD_NUMBER: _ClassVar[int]
+    FORESEEN_USED_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WASTED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STALLED_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    layers: int
+    experts: int
+    slots: int
+    host_bytes: int
+    hits: int
+    misses: int
+    foreseen: int
+    foreseen_used: int
+    fetched_bytes: int
+    wasted_bytes: int
+    stalled_seconds: float
+    def __init__(self, layers: _Optional[int] = ..., experts: _Optional[int] = ..., slots: _Optional[int] = ..., host_bytes: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., foreseen: _Optional[int] = ..., foreseen_used: _Optional[int] = ..., fetched_bytes: _Optional[int] = ..., wasted_bytes: _Optional[int] = ..., stalled_seconds: _Optional[float] = ...) -> None: ...
 
 class BlockPool(_message.Message):
     __slots__ = ("window", "blocks", "used", "cached", "narrow", "host")

@@ -3,6 +3,7 @@
 from collections import deque
 from dataclasses import dataclass
 
+from .memory.experts.cache import ExpertUse
 from .memory.streaming import StreamUse
 from .running.caches import NarrowUse
 from .scheduling.cache import PoolUse
@@ -37,6 +38,8 @@ class Load:
     """For each pool, where what it forgets is kept on the host."""
     stream: StreamUse | None = None
     """Of layers that do not stay on the device."""
+    experts: ExpertUse | None = None
+    """Of single experts that do not; up to `STALE` seconds old."""
 
 
 class Meter:

@@ -17,6 +17,7 @@ from .compress.reader import check_settings, is_compressed, load_compressed, rea
 from .config import EngineConfig
 from .errors import CheckpointError, ConfigError
 from .memory.device import cache_memory, free_memory, memory_of
+from .memory.experts.cache import ExpertCache
 from .memory.plan import Plan, gib, plan_memory
 from .memory.streaming import LayerStream
 from .model.config import ModelConfig, cache_groups
@@ -101,9 +102,7 @@ def load_model(config: EngineConfig, progress: Progress | None = None) -> Loaded
     if is_compressed(folder):
         check_knobs(config, storage)
     budget = _plan(config, model, storage, device, dtype)
-    stream = None
-    if budget is not None and budget.residency.streamed:
-        stream = LayerStream(budget.residency, device, prefetch=budget.ahead > 0)
+    stream = _stream(budget, device)
     with ExitStack() as undo:
         if stream is not None:
             undo.callback(stream.close)
@@ -157,7 +156,7 @@ def _decoder(
     device: torch.device,
     dtype: torch.dtype,
     format: Format | None,
-    stream: LayerStream | None,
+    stream: LayerStream | ExpertCache | None,
     progress: Progress | None,
 ) -> Decoder:
     """The decoder of either kind of checkpoint, packed into `format` and streamed if so asked."""
@@ -178,6 +177,17 @@ def _decoder(
     if stream is not None:
         stream.start(decoder)
     return decoder
+
+
+def _stream(budget: Plan | None, device: torch.device) -> LayerStream | ExpertCache | None:
+    """What brings the weights that do not fit, if there are any."""
+    if budget is None:
+        return None
+    if budget.experts is not None:
+        return ExpertCache(budget.experts, device, predict=budget.ahead > 0)
+    if budget.residency.streamed:
+        return LayerStream(budget.residency, device, prefetch=budget.ahead > 0)
+    return None
 
 
 def _caches(

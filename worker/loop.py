@@ -18,6 +18,7 @@ from .config import EngineConfig
 from .errors import ConclaveError, DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
 from .load import STALE, Load, Meter
 from .loading import LoadedModel
+from .memory.experts.cache import ExpertUse
 from .requests.answer import Answer, start_sequences
 from .requests.events import Event, Failed, Request
 from .requests.stepping import StepAnswer
@@ -58,6 +59,8 @@ class EngineLoop:
         self._arrivals = itertools.count()
         self._narrow: tuple[NarrowUse, ...] = ()
         self._narrow_until = 0.0
+        self._experts: ExpertUse | None = None
+        self._experts_until = 0.0
         self._stuck = False  # nothing could be scheduled in the last turn
 
     def turn(self) -> None:
@@ -155,6 +158,7 @@ class EngineLoop:
             tokens_per_second=meter.rate(time.monotonic()),
             narrow=self._narrow_use(),
             stream=None if stream is None else stream.use(),
+            experts=self._expert_use(),
         )
 
     def _narrow_use(self) -> tuple[NarrowUse, ...]:
@@ -163,6 +167,13 @@ class EngineLoop:
         if isinstance(caches, NarrowCaches) and now >= self._narrow_until:
             self._narrow, self._narrow_until = caches.use(), now + STALE
         return self._narrow
+
+    def _expert_use(self) -> ExpertUse | None:
+        """Asks the device now and then, too."""
+        experts, now = self._model.runner.experts, time.monotonic()
+        if experts is not None and now >= self._experts_until:
+            self._experts, self._experts_until = experts.use(), now + STALE
+        return self._experts
 
     def _expire(self, now: float) -> None:
         late = [

@@ -134,7 +134,7 @@ def words_at(codes, tile, columns, KEPT: gl.constexpr, BITS: gl.constexpr, WORDS
         group = gl.arange(0, 4, layout=gl.SliceLayout(0, LAST))[None, :, None]
         column = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(1, WORDS)))
         place = (group * 16 + column[None, None, :]) * 32 + word
-    return codes + tile * (columns * words_a_column(KEPT, BITS)) + place
+    return codes + tile.to(gl.int64) * (columns * words_a_column(KEPT, BITS)) + place
 
 
 @gluon.jit

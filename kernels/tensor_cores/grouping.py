@@ -1,4 +1,4 @@
-"""Tokens sorted by expert, cut into blocks that programs of a grouped product take.
+"""Tokens that lie sorted by expert, cut into blocks that programs of a grouped product take.
 
 A block has up to so many tokens, all of one expert. How many blocks there are is known on the
 device alone; grids have `most_blocks` of them, and those behind the last one are empty.
@@ -65,7 +65,7 @@ _table = Kernel(_expert_blocks, name="expert_blocks")
 
 
 def most_blocks(tokens: int, experts: int, each: int) -> int:
-    """No fewer than there can be of `tokens` in ascending order of their experts."""
+    """No fewer than there can be of `tokens` that lie together by their experts."""
     return min(tokens, experts) + tokens // each
 
 
@@ -79,8 +79,9 @@ def variants() -> Iterator[Variant]:
 def expert_blocks(experts: Tensor, stack: int, each: int) -> Tensor:
     """int32 [blocks, 3]: expert, first token, last token + 1, each of at most `each` tokens.
 
-    `experts` is int32 [T], ascending, at most `MOST_TOKENS` of `stack` different ones. Blocks that
-    are not needed are zeros. What does not ascend has more blocks than there is room for.
+    `experts` is int32 [T], equal ones side by side, at most `MOST_TOKENS` of `stack` different
+    ones. Blocks that are not needed are zeros. Of what lies apart there may be more blocks than
+    there is room for.
     """
     tokens = len(experts)
     count = most_blocks(tokens, stack, each)

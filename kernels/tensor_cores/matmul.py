@@ -82,13 +82,15 @@ def matmul(
     scale: float = 1.0,
     experts: Tensor | None = None,
     gated: bool = False,
+    among: int = 0,
 ) -> None:
     """(x weight^T + residual) * scale of bfloat16 [tokens, K] into `out` [tokens, R].
 
-    Or, with `experts` (int32 [tokens], ascending, each an index into the stack), each token by its
-    own weight. `gated` takes rows 2i and 2i + 1 as a gate and its input: gelu(gate) * input, into
-    `out` [tokens, R/2]. All contiguous and on one NVIDIA card from sm_80 on; results depend on no
-    timing. Meant for 5 to some hundred tokens. Raises `KernelInputError` if something does not fit.
+    Or, with `experts` (int32 [tokens], equal ones side by side, each an index into the stack), each
+    token by its own weight, as of a stack of `among` if that is not 0. `gated` takes rows 2i and
+    2i + 1 as a gate and its input: gelu(gate) * input, into `out` [tokens, R/2]. All contiguous and
+    on one NVIDIA card from sm_80 on; results depend on no timing. Meant for 5 to some hundred
+    tokens. Raises `KernelInputError` if something does not fit.
     """
     _check(x, weight, out, residual, experts, gated)
     target = target_of(x.get_device())
@@ -108,9 +110,10 @@ def matmul(
         blocks, count = counters, -(-len(x) // each)
     else:
         # Twice what an expert has on average: most then have room in one block.
-        usual = -(-2 * len(x) // (weight.experts or 1))
+        stack = among or weight.experts or 1
+        usual = -(-2 * len(x) // stack)
         kernel, each, constants = _plan(weight.format, usual, target.capability == 90)
-        blocks = expert_blocks(experts, weight.experts or 1, each)
+        blocks = expert_blocks(experts, stack, each)
         count = len(blocks)
     chunks = weight.columns // weight.format.group
     splits = matmul_splits(x.device, weight.tiles, chunks, count, each)

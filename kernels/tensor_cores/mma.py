@@ -56,7 +56,7 @@ def tile_mma(
     # Column c of the sums: lane c % 8, then the warp, then which of the lane's four rows.
     c = gl.arange(0, _TILE, layout=gl.SliceLayout(0, MMA))
     row = c // 8 % 4 * 32 + c % 8 * 4 + c // 32
-    own = scales + tile * (columns // GROUP * _TILE) + row
+    own = scales + tile.to(gl.int64) * (columns // GROUP * _TILE) + row
     total = gl.zeros([TOKENS, _TILE], gl.float32, MMA)
     first = gl.program_id(2)
     next_words = words_of(base + first * (GROUP * EACH), first < chunks, KEPT)

@@ -113,7 +113,7 @@ def tile_wgmma(
     # Row r of the sums: lane r % 8, the lower bit of which of its rows, the warp, the higher bit.
     r = gl.arange(0, _TILE, layout=gl.SliceLayout(1, MMA))
     row = (r // 16 % 4 * 8 + r % 8) * 4 + r // 64 * 2 + r // 8 % 2
-    own = scales + tile * (chunks * _TILE) + row
+    own = scales + tile.to(gl.int64) * (chunks * _TILE) + row
     for stage in gl.static_range(STAGES - 1):
         column = begin + stage * 64
         async_copy.async_copy_global_to_shared(

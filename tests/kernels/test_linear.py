@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from conclave.kernels import linear as module
 from conclave.kernels import reference
 from conclave.kernels.errors import KernelInputError
+from conclave.kernels.formats import from_tensors
 from conclave.kernels.layouts import Format, PackedWeight, pack, unpack
 from conclave.kernels.linear import gated_linear, grouped_linear, linear
 
@@ -156,6 +157,27 @@ def test_tokens_sorted_by_expert(text: str, tokens: int, gated: bool) -> None:
     torch.full((1 << 22,), torch.nan, device="cuda")
     most = 5e-3 if gated else 3e-3
     assert relative_error(grouped_linear(x, weight, experts, gated), wanted) <= most
+
+
+@on_card
+@pytest.mark.parametrize("tokens", [1, 6, 7, 100, 1000, 5000])
+@pytest.mark.parametrize("text", ["5:16-int4-g64", "dense-int4-g64", "dense-int8-g64"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_slots_of_a_larger_stack_give_the_same_bits(text: str, tokens: int, gated: bool) -> None:
+    weight = weight_of(text, 6, 200, 704)
+    places = torch.tensor([9, 2, 14, 0, 7, 3], device="cuda")
+    larger = {
+        name: torch.zeros(16, *own.shape[1:], dtype=own.dtype, device="cuda").index_copy(
+            0, places, own
+        )
+        for name, own in weight.tensors().items()
+    }
+    slots = from_tensors(weight.format, weight.rows, weight.columns, larger)
+    x = torch.randn(tokens, 704, device="cuda", dtype=torch.bfloat16)
+    experts = torch.randint(6, (tokens,), device="cuda").sort().values
+    expected = grouped_linear(x, weight, experts.int(), gated)
+    found = grouped_linear(x, slots, places[experts].int(), gated, among=6)
+    assert torch.equal(found, expected)
 
 
 @on_card

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from conclave.kernels.errors import KernelInputError
+from conclave.kernels.formats import from_tensors
 from conclave.kernels.layouts import Format, pack, unpack
 from conclave.kernels.reference import (
     gated_linear,
@@ -98,6 +99,13 @@ def test_grouped_linear(text: str) -> None:
     output = grouped_linear(x, packed, experts)
     for token, expert in enumerate(experts.tolist()):
         assert torch.allclose(output[token], linear(x[token], packed.expert(expert)), atol=1e-5)
+    slots = torch.tensor(
+        [5, 2, 2, 0, 0, 0], dtype=torch.int32
+    )  # in another order, in a larger stack
+    places = torch.tensor([3, 2, 1, 2, 2, 0])
+    larger = {name: tensor[places] for name, tensor in packed.tensors().items()}
+    moved = from_tensors(packed.format, packed.rows, packed.columns, larger)
+    assert torch.equal(grouped_linear(x, moved, slots), output)
     one = grouped_linear(x[:1].expand(2, -1), packed, experts[:2])
     assert torch.allclose(one[1], linear(x[0], packed.expert(1)), atol=1e-5)
     both = grouped_linear(x, packed, experts, gated=True)
@@ -110,12 +118,13 @@ def test_linears_refuse_what_does_not_fit() -> None:
     single = pack(torch.randn(3, 64), Format.parse("5:16-bf16"))
     stack = pack(torch.randn(2, 3, 64), Format.parse("5:16-bf16"))
     x, experts = torch.randn(2, 64), torch.zeros(2, dtype=torch.int32)
+    apart = torch.tensor([1, 0, 1], dtype=torch.int32)
     bad: list[tuple[str, Callable[[], torch.Tensor]]] = [
         ("3 x 64", lambda: linear(x[:, :48], single)),
         ("stack of 2", lambda: linear(x, stack)),
         ("residual", lambda: linear(x, single, x)),
         ("pairs", lambda: gated_linear(x, single)),
-        ("ascend", lambda: grouped_linear(x, stack, torch.tensor([1, 0], dtype=torch.int32))),
+        ("side by side", lambda: grouped_linear(torch.randn(3, 64), stack, apart)),
         ("single", lambda: grouped_linear(x, single, experts)),
         ("int32", lambda: grouped_linear(x, stack, experts.long())),
         ("int32", lambda: grouped_linear(x, stack, experts[:1])),

@@ -67,6 +67,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "5": TWO_TO_ONE | PER_LAYER,
     "5-small-table": TWO_TO_ONE | PER_LAYER | {"vocab_size_per_layer_input": 300},
     "6": DENSE | experts(8, 2, 24),
+    "6-wide": DENSE | experts(8, 2, 32),
     "7": TWO_TO_ONE | SHARED | experts(4, 4, 16),
     "8": {
         "layer_types": layer_types("SFSFSF"),

@@ -53,6 +53,9 @@ def plan(
     max_context: Annotated[int | None, typer.Option(help="as the engine's")] = None,
     max_sequences: Annotated[int, typer.Option(help="as the engine's")] = 64,
     max_step_tokens: Annotated[int, typer.Option(help="as the engine's")] = 512,
+    stream_experts: Annotated[
+        bool, typer.Option(help="as the engine's: slots for single experts, by an assumed hit rate")
+    ] = False,
     link: Annotated[float | None, typer.Option(help="GB/s from the host")] = None,
     memory_rate: Annotated[float | None, typer.Option(help="GB/s of weights read")] = None,
     compute_rate: Annotated[float | None, typer.Option(help="TFLOP/s of products")] = None,
@@ -69,7 +72,7 @@ def plan(
     }
     limits = {
         **{"max_context": max_context, "max_sequences": max_sequences},
-        **{"max_step_tokens": max_step_tokens},
+        **{"max_step_tokens": max_step_tokens, "stream_experts": stream_experts},
     }
     with errors_told():
         config = _config(model, {"knobs": knobs, **limits})
@@ -105,7 +108,8 @@ def _outlook(
     found = plan_memory(config, model, storage, _budget(config), _DTYPE.itemsize, bytes_each)
     rates, measured = _rates(given)
     times = tuple(
-        forecast(model, storage, found.residency, found.ahead, each, rates) for each in steps
+        forecast(model, storage, found.residency, found.ahead, each, rates, found.experts)
+        for each in steps
     )
     timelines = {
         f"{each} tokens": play(

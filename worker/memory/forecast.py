@@ -1,7 +1,8 @@
 """How long a step takes on a device whose rates are known, and what limits it: arithmetic alone.
 
 A step reads the stored weights once, multiplies by them for every token, and waits for what is
-streamed (`timeline` tells when). What it gave up: attention over long contexts and the cache's own
+streamed (`timeline` tells when), or for the experts that it lacks: of these there is but an
+expectation. What it gave up: attention over long contexts and the cache's own
 reading, so a step of many tokens in long contexts takes longer.
 """
 
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 
 from ..model.config import LayerConfig, ModelConfig
 from ..model.storage import LayerStorage, Storage
+from .experts.slots import ExpertSlots
 from .residency import Residency
 
 
@@ -29,6 +31,11 @@ class Rates:
 OF_COPY = 0.63
 """What kernels read of weights, over what a copy on the device reads and writes: the linears of a
 31B layer in 5:16 int4 at one token (docs/log.md)."""
+BY_PROCESSORS = 35 / 55
+"""Of the link's rate, what processors reach that fetch experts by themselves (an H100)."""
+FORESEEN = 0.85
+"""Of the experts that a step lacks, those that are fetched ahead, as the next layer's router makes
+them of this layer's residual: by what others have published (80 to 90 %)."""
 H100 = Rates(link=54e9, memory=OF_COPY * 2.9e12, compute=6.5e14)
 """An H100 on PCIe gen5, for where there is none."""
 
@@ -43,12 +50,17 @@ class Forecast:
     transfer: float
     """Seconds that the link is busy."""
     overlapped: bool
+    foreseen: float = 1.0
+    """Of what is transferred, the part that can be while others compute."""
 
     @property
     def seconds(self) -> float:
         """The longer one where copies run during compute, else their sum."""
-        parts = self.compute, self.transfer
-        return max(parts) if self.overlapped else sum(parts)
+        return self._ahead if self.overlapped else self.compute + self.transfer
+
+    @property
+    def _ahead(self) -> float:
+        return max(self.compute + (1 - self.foreseen) * self.transfer, self.transfer)
 
     @property
     def limit(self) -> str:
@@ -58,8 +70,7 @@ class Forecast:
     @property
     def gain(self) -> float:
         """Of prefetch over copying on demand; 2 at most, where both take equally long."""
-        parts = self.compute, self.transfer
-        return sum(parts) / max(parts)
+        return (self.compute + self.transfer) / self._ahead
 
 
 def forecast(
@@ -69,9 +80,16 @@ def forecast(
     ahead: int,
     tokens: int,
     rates: Rates,
+    slots: ExpertSlots | None = None,
 ) -> Forecast:
-    """One step of so many tokens."""
+    """One step of so many tokens; with `slots`, by the hit rate that is assumed of these."""
     layers, head = computing(model, storage, tokens, rates)
+    if slots is not None:
+        own = model.layers[slots.layers[0]].experts
+        assert own is not None
+        copied = slots.missing(own.active, tokens) * slots.expert_bytes
+        transfer = copied / (rates.link * BY_PROCESSORS)
+        return Forecast(tokens, head + sum(layers), transfer, ahead > 0, FORESEEN)
     return Forecast(tokens, head + sum(layers), residency.copied / rates.link, ahead > 0)
 
 

@@ -29,6 +29,8 @@ def _layers(axes: Any, plan: Plan) -> None:
     ]
     axes.bar(range(len(own.blocks)), [size / 2**20 for size in own.blocks], color=shades)
     title = f"{len(own.blocks) - len(own.streamed)} layers stay (blue); others by slot"
+    if plan.experts is not None:
+        title = f"all but experts stays; {plan.experts.slots} slots hold {plan.experts.share:.0%}"
     axes.set(title=title, xlabel="layer", ylabel="MiB")
 
 

@@ -1,12 +1,13 @@
 """How a memory budget is divided up: weights, slots, cache, one step. A pure function of sizes.
 
 Weights come first: if all fit beside the smallest cache and the worst step, all stay, and the cache
-gets the rest. Else the cache gets a share in which several sequences run together, layers are
-streamed until the budget holds, and what is left over is the cache's again.
+gets the rest. Else the cache gets a share in which several sequences run together. If experts may
+be streamed and those of one layer have room beside all else, they get slots for what is left; else
+whole layers are streamed until the budget holds. What is left over is the cache's again.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..config import EngineConfig
 from ..errors import ConfigError
@@ -14,6 +15,7 @@ from ..model.config import ModelConfig, cache_groups
 from ..model.storage import Storage
 from ..scheduling.sizing import HOST_BUFFER, cache_bytes, context_of
 from ..scheduling.workspace import workspace
+from .experts.slots import ExpertSlots, choose_slots, fewest_slots
 from .residency import Residency, choose, least
 
 _CACHE_SHARE = 4
@@ -32,8 +34,16 @@ class Plan:
     cache: int
     """All that is left for keys and values."""
     residency: Residency
+    """Of whole layers, without their experts if these have slots."""
     ahead: int
-    """Layers that are copied ahead of the one that runs."""
+    """Layers that are copied ahead of the one that runs; if 0, no expert is foreseen either."""
+    experts: ExpertSlots | None = None
+    """Where single experts come from the host."""
+
+    @property
+    def weights(self) -> int:
+        """Of layers that stay, and of slots."""
+        return self.residency.bytes + (0 if self.experts is None else self.experts.bytes)
 
 
 def plan_memory(
@@ -63,21 +73,48 @@ def plan_memory(
         step += max(HOST_BUFFER, *(each * config.block_size for each in token_bytes))
     groups, limit = cache_groups(model), model.max_position_embeddings
     one, wanted = cache_bytes(config, groups, limit, token_bytes)
-    blocks = [layer.block for layer in storage.layers]
     ahead, left = config.knobs.ahead, budget - storage.rest - step
-    found = None
-    if sum(blocks) + one > left:
-        found = choose(blocks, left - max(one, min(wanted, left // _CACHE_SHARE)), ahead)
-    found = found or choose(blocks, left - one, ahead)
+    rooms = left - max(one, min(wanted, left // _CACHE_SHARE)), left - one
+    found = _place(storage, rooms, ahead, config.stream_experts)
     if found is None:
         parts = {
             "weights that always stay": storage.rest,
-            "layers that are streamed": least(blocks, ahead),
+            "layers that are streamed": _least(storage, ahead, config.stream_experts),
             "one step": step,
             "the cache of one sequence": one,
         }
         raise ConfigError(_too_small(budget, parts))
-    return Plan(budget, storage.rest, step, left - found.bytes, found, ahead)
+    residency, slots = found
+    plan = Plan(budget, storage.rest, step, 0, residency, ahead, slots)
+    return replace(plan, cache=left - plan.weights)
+
+
+def _place(
+    storage: Storage, rooms: tuple[int, int], ahead: int, by_experts: bool
+) -> tuple[Residency, ExpertSlots | None] | None:
+    """Layers, and slots for experts, in the first of `rooms` that has any; all stay in the last."""
+    blocks = [layer.block for layer in storage.layers]
+    if sum(blocks) <= rooms[-1]:
+        return Residency(tuple(blocks)), None
+    for room in rooms if by_experts else ():
+        if slots := choose_slots(storage.layers, room):
+            return Residency(_beside_experts(storage)), slots
+    for room in rooms:
+        if residency := choose(blocks, room, ahead):
+            return residency, None
+    return None
+
+
+def _least(storage: Storage, ahead: int, by_experts: bool) -> int:
+    """The fewest bytes that `_place` can do with."""
+    found = [least([layer.block for layer in storage.layers], ahead)]
+    if by_experts and (slots := fewest_slots(storage.layers)):
+        found.append(sum(_beside_experts(storage)) + slots.bytes)
+    return min(found)
+
+
+def _beside_experts(storage: Storage) -> tuple[int, ...]:
+    return tuple(layer.block - layer.expert_block for layer in storage.layers)
 
 
 def gib(size: float) -> str:

@@ -7,7 +7,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from .forecast import Forecast, Rates
+from .experts.slots import ExpertSlots
+from .forecast import FORESEEN, Forecast, Rates
 from .plan import Plan, gib
 from .timeline import Timeline
 
@@ -29,7 +30,7 @@ class Outlook:
 
 def as_json(outlook: Outlook) -> dict[str, Any]:
     """Bytes, seconds, tokens a second."""
-    plan, residency = outlook.plan, outlook.plan.residency
+    plan, residency, slots = outlook.plan, outlook.plan.residency, outlook.plan.experts
     return {
         "budget_bytes": plan.budget,
         "rest_bytes": plan.rest,
@@ -41,13 +42,27 @@ def as_json(outlook: Outlook) -> dict[str, Any]:
         "layers": len(residency.blocks),
         "streamed": list(residency.streamed),
         "copied_bytes": residency.copied,
+        "experts": None if slots is None else _experts(slots),
         "layers_ahead": plan.ahead,
         "balance_tokens": outlook.balance,
         "rates": {**asdict(outlook.rates), "measured": outlook.measured},
         "steps": [
-            _step(each) | {"waited_seconds": timeline.waited}
+            _step(each)
+            | {"waited_seconds": timeline.waited if slots is None else each.seconds - each.compute}
             for each, timeline in zip(outlook.steps, outlook.timelines.values(), strict=True)
         ],
+    }
+
+
+def _experts(slots: ExpertSlots) -> dict[str, Any]:
+    return {
+        "layers": len(slots.layers),
+        "experts_each": slots.experts,
+        "slots": slots.slots,
+        "slot_bytes": slots.expert_bytes,
+        "share": slots.share,
+        "assumed_hit_rate": slots.hit_rate,
+        "host_bytes": slots.host_bytes,
     }
 
 
@@ -69,12 +84,17 @@ def _step(found: Forecast) -> dict[str, Any]:
 
 
 def _memory(plan: Plan) -> Table:
-    own = plan.residency
+    own, slots = plan.residency, plan.experts
     stays = len(own.blocks) - len(own.streamed)
     rows: list[tuple[str, int]] = [
         ("embeddings, head, norms, routers", plan.rest),
-        (f"{stays} layers that stay", own.bytes - own.slots * own.slot_bytes),
-        (f"{own.slots} slots for {len(own.streamed)} layers", own.slots * own.slot_bytes),
+        (
+            f"{stays} layers that stay" + (", without experts" if slots else ""),
+            own.bytes - own.slots * own.slot_bytes,
+        ),
+        (f"{own.slots} slots for {len(own.streamed)} layers", own.slots * own.slot_bytes)
+        if slots is None
+        else (f"{slots.slots} slots for {slots.share:.0%} of the experts", slots.bytes),
         ("the worst step", plan.step),
         ("keys and values", plan.cache),
     ]
@@ -82,6 +102,8 @@ def _memory(plan: Plan) -> Table:
     for name, size in rows:
         table.add_row(name, gib(size))
     host = f"on the host {gib(own.copied)}, all copied at every step" if own.streamed else None
+    if slots is not None:
+        host = f"on the host {gib(slots.host_bytes)}: all experts, fetched one by one"
     table.caption, table.caption_justify = host or "nothing is streamed", "left"
     return table
 
@@ -99,6 +121,12 @@ def _steps(outlook: Outlook) -> Table:
         rate = f"{each.tokens / each.seconds:.3g}"
         table.add_row(str(each.tokens), *times, rate, each.limit, f"{each.gain:.2f}x")
     table.caption = "gain: of prefetch over copying on demand"
+    if outlook.plan.experts is not None:
+        table.caption = (
+            f"assumed: {outlook.plan.experts.hit_rate:.0%} of one token's experts are in slots "
+            f"(LRU, as published of 128 experts), {FORESEEN:.0%} of the others are foreseen\n"
+            + table.caption
+        )
     if outlook.balance is not None:
         table.caption += f"; computing takes as long as copying at {outlook.balance} tokens a step"
     table.caption_justify = "left"

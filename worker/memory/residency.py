@@ -3,8 +3,8 @@
 Of layers that are all read once a step, it does not matter by bytes which ones are streamed; what
 matters is that each copy has computing to hide behind, so they are spread evenly over the depth.
 Pinning a set and streaming the rest is within one layer of what knowing the future would bring; an
-LRU cache would hit nothing (research: Belady on a cyclic scan). What it gave up: parts of layers,
-and single experts.
+LRU cache would hit nothing (research: Belady on a cyclic scan). What it gave up: parts of layers;
+for single experts see `experts/`.
 """
 
 from collections.abc import Sequence

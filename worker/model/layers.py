@@ -177,6 +177,7 @@ class Experts(nn.Module):
     def __init__(self, experts: ExpertsConfig, config: ModelConfig) -> None:
         super().__init__()
         self.active = experts.active
+        self.count = experts.count
         self.epsilon = config.norm_epsilon
         hidden, inner = config.hidden_size, experts.intermediate_size
         self.router = nn.Linear(hidden, experts.count, bias=False)
@@ -187,11 +188,16 @@ class Experts(nn.Module):
 
     def route(self, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Expert weights (float32) and indices, both [T, active], from the un-normed residual."""
-        scaled = rms_norm(residual, self.router_scale, self.epsilon) * residual.shape[-1] ** -0.5
-        probabilities = self.router(scaled).softmax(-1, dtype=torch.float32)
+        probabilities = self.scores(residual).softmax(-1, dtype=torch.float32)
         weights, chosen = probabilities.topk(self.active, -1)
         weights = weights / weights.sum(-1, keepdim=True)
         return weights * self.expert_scale[chosen], chosen
+
+    def scores(self, residual: Tensor) -> Tensor:
+        """The router's, [T, count]: the likeliest expert has the highest."""
+        scaled = rms_norm(residual, self.router_scale, self.epsilon) * residual.shape[-1] ** -0.5
+        scores: Tensor = self.router(scaled)
+        return scores
 
     def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
         """Experts of `hidden`, chosen by `residual`; all [T, hidden]."""
@@ -218,15 +224,20 @@ class Experts(nn.Module):
         return output
 
     def run(self, inputs: Tensor, chosen: Tensor) -> Tensor:
-        """Each of `inputs` [n, hidden] by its expert, `chosen` [n] in ascending order."""
-        counts = chosen.bincount(minlength=len(self.gate_up)).tolist()
+        """Each of `inputs` [n, hidden] by its expert, `chosen` int64 [n] in ascending order."""
+        counts = chosen.bincount(minlength=self.count).tolist()
         outputs = []
         for index, own in enumerate(inputs.split(counts)):
             if len(own):
-                gate, up = F.linear(own, self.gate_up[index]).chunk(2, -1)
+                gate_up, down = self.expert(index)
+                gate, up = F.linear(own, gate_up).chunk(2, -1)
                 inner = F.gelu(gate, approximate="tanh") * up
-                outputs.append(F.linear(inner, self.down[index]))
+                outputs.append(F.linear(inner, down))
         return torch.cat(outputs)
+
+    def expert(self, index: int) -> tuple[Tensor, Tensor]:
+        """One expert's weights: gate and up [2 * inner, hidden], down [hidden, inner]."""
+        return self.gate_up[index], self.down[index]
 
 
 class FeedForward(nn.Module):

@@ -64,6 +64,7 @@ class PackedExperts(Experts):
     def __init__(self, like: Experts, gate_up: PackedWeight, down: PackedWeight) -> None:
         nn.Module.__init__(self)
         self.active = like.active
+        self.count = like.count
         self.epsilon = like.epsilon
         self.router = like.router
         self.router_scale = like.router_scale

@@ -35,6 +35,10 @@ class LayerStorage:
     """Numbers, experts' left out, by which each token is multiplied."""
     expert_weights: int
     """Numbers of all experts."""
+    experts: int = 0
+    """How many."""
+    expert_parts: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()
+    """Shape and dtype of each tensor of one expert, in the order of `packed.large_tensors`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +93,8 @@ def storage_of(
 def _layer(
     decoder: Decoder, index: int, formats: Mapping[str, Format], dtype: torch.dtype
 ) -> LayerStorage:
-    block = expert_block = weights = expert_weights = 0
+    block = expert_block = weights = expert_weights = experts = 0
+    parts: list[tuple[tuple[int, ...], torch.dtype]] = []
     for name in (name for names in packable(decoder, index).values() for name in names):
         tensor = decoder.get_parameter(name)
         own = _block(tensor.shape, formats.get(name), dtype)
@@ -97,9 +102,11 @@ def _layer(
         if tensor.dim() == 3:
             expert_block += own
             expert_weights += tensor.numel()
+            experts = tensor.shape[0]
+            parts += _parts(tensor.shape[1:], formats.get(name), dtype)
         else:
             weights += tensor.numel()
-    return LayerStorage(block, expert_block, weights, expert_weights)
+    return LayerStorage(block, expert_block, weights, expert_weights, experts, tuple(parts))
 
 
 def _block(shape: torch.Size, format: Format | None, dtype: torch.dtype) -> int:
@@ -109,6 +116,15 @@ def _block(shape: torch.Size, format: Format | None, dtype: torch.dtype) -> int:
     experts = shape[0] if len(shape) == 3 else None
     tensors = tensor_shapes(format, shape[-2], shape[-1], experts).values()
     return sum(aligned(prod(own) * kind.itemsize) for own, kind in tensors)
+
+
+def _parts(
+    shape: torch.Size, format: Format | None, dtype: torch.dtype
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each tensor of a weight."""
+    if format is None:
+        return [(tuple(shape), dtype)]
+    return list(tensor_shapes(format, *shape).values())
 
 
 def _packed(name: str, shape: torch.Size, format: Format) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.reference import Pages, plan_pages
+from ..memory.experts.cache import ExpertCache
 from ..memory.streaming import LayerStream
 from ..model.config import ModelConfig, cache_groups
 from ..model.decoder import Decoder
@@ -29,7 +30,7 @@ class ModelRunner:
         block_size: tokens in a block of them.
         device: where all is.
         dtype: of the queries.
-        stream: of the layers that do not stay on the device, if there are any.
+        stream: of the layers, or experts, that do not stay on the device, if there are any.
         host: room on the host for blocks that fall out of the caches, if there is some.
     """
 
@@ -41,7 +42,7 @@ class ModelRunner:
         block_size: int,
         device: torch.device,
         dtype: torch.dtype,
-        stream: LayerStream | None = None,
+        stream: LayerStream | ExpertCache | None = None,
         host: HostBlocks | None = None,
     ) -> None:
         self.decoder = decoder.requires_grad_(False)
@@ -49,7 +50,8 @@ class ModelRunner:
         self.caches = caches
         self.block_size = block_size
         self.device = device
-        self.stream = stream
+        self.stream = stream if isinstance(stream, LayerStream) else None
+        self.experts = stream if isinstance(stream, ExpertCache) else None
         self.host = host
         self.groups = cache_groups(config)
         self.windows = [group.window for group in self.groups]
@@ -91,7 +93,7 @@ class ModelRunner:
 
     def close(self) -> None:
         """Release what lies on the host; nothing may run any more."""
-        for own in (self.stream, self.host):
+        for own in (self.stream, self.experts, self.host):
             if own is not None:
                 own.close()
 

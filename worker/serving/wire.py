@@ -226,7 +226,7 @@ def usage(spent: events.Usage) -> pb.Usage:
 
 def load(state: Load, step_age: float, draining: bool) -> worker_pb2.GetLoadResponse:
     """How busy an engine is, as a message."""
-    stream = state.stream
+    stream, experts = state.stream, state.experts
     return worker_pb2.GetLoadResponse(
         running_sequences=state.running,
         waiting_sequences=state.waiting,
@@ -251,6 +251,7 @@ def load(state: Load, step_age: float, draining: bool) -> worker_pb2.GetLoadResp
         draining=draining,
         step_age_seconds=step_age,
         streaming=None if stream is None else worker_pb2.Streaming(**asdict(stream)),
+        experts=None if experts is None else worker_pb2.Experts(**asdict(experts)),
     )
 
 

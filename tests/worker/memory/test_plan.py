@@ -1,6 +1,7 @@
 """Budgets divided up, steps foretold, and the command that tells both."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from conclave.worker import EngineConfig
 from conclave.worker.compress.__main__ import app
 from conclave.worker.errors import ConfigError
 from conclave.worker.loading import formats_on_loading
-from conclave.worker.memory.forecast import H100, Rates, balance, forecast
+from conclave.worker.memory.experts.slots import choose_slots
+from conclave.worker.memory.forecast import BY_PROCESSORS, H100, Rates, balance, forecast
 from conclave.worker.memory.plan import Plan, plan_memory
 from conclave.worker.memory.shapes import NAMES, shape_of
 from conclave.worker.model.config import ModelConfig, cache_groups
@@ -33,6 +35,7 @@ def sizes(name: str, format: str | None) -> tuple[ModelConfig, Storage]:
     return model, storage_of(blank, formats, torch.bfloat16, packed=True)
 
 
+INT4_EXPERTS = sizes("26b", "dense-int4-g64")
 DENSE, INT4, EXPERTS = sizes("31b", None), sizes("31b", "dense-int4-g64"), sizes("26b", None)
 
 
@@ -64,8 +67,89 @@ def test_a_budget_is_used_and_never_exceeded(budget: float) -> None:
         except ConfigError as error:
             assert "but the least for this model is" in str(error)
             continue
-        taken = plan.rest + plan.step + plan.cache + plan.residency.bytes
+        taken = plan.rest + plan.step + plan.cache + plan.weights
         assert taken == plan.budget == int(budget * GIB) and plan.cache > 0
+
+
+SLOTTED = {"knobs": {"memory_budget": 1, "weight_bits": 4}, "stream_experts": True}
+
+
+@given(st.floats(1.5, 30))
+def test_experts_get_what_is_left(budget: float) -> None:
+    model, storage = INT4_EXPERTS
+    try:
+        plan = plan_of(model, storage, budget * GIB, **SLOTTED)
+    except ConfigError:
+        return
+    taken = plan.rest + plan.step + plan.cache + plan.weights
+    assert taken == plan.budget == int(budget * GIB) and plan.cache > 0
+    if plan.experts is None:
+        return
+    slots = plan.experts
+    assert not plan.residency.streamed and 128 <= slots.slots < 30 * 128
+    experts = sum(layer.expert_block for layer in storage.layers)
+    assert slots.host_bytes == experts
+    assert plan.weights == sum(each.block for each in storage.layers) - experts + slots.bytes
+
+
+def test_where_experts_have_slots() -> None:
+    model, storage = INT4_EXPERTS
+    assert plan_of(model, storage, 24 * GIB, **SLOTTED).experts is None
+    plans = [plan_of(model, storage, size * GIB, **SLOTTED) for size in (6, 8, 12)]
+    slots = [plan.experts for plan in plans]
+    assert all(slots) and [each.experts for each in slots if each] == [128] * 3
+    share = [each.share for each in slots if each]
+    assert share == sorted(share) and 0.3 < share[1] < 0.45
+    found = [each.hit_rate for each in slots if each]
+    assert found == sorted(found) and 0.8 < found[1] < 0.93
+    assert plan_of(model, storage, 8 * GIB).experts is None  # not by default
+    one = {**SLOTTED, "max_sequences": 1, "max_context": 64}
+    layers = {**one, "stream_experts": False}
+    assert least_of(model, storage, **one) < least_of(model, storage, **layers)
+    demand = one | knobs(prefetch=False)
+    little = plan_of(model, storage, least_of(model, storage, **demand), **demand)
+    assert little.residency.streamed and little.experts is None  # no room for a layer's slots
+    model, storage = INT4
+    plain = plan_of(model, storage, 16 * GIB, **SLOTTED)
+    assert plain.experts is None and plain.residency.streamed
+
+
+def least_of(model: ModelConfig, storage: Storage, **fields: object) -> int:
+    """The fewest bytes that there is a plan for, to 1 MiB."""
+    low, high = 1, 64 * GIB
+    while high - low > 1 << 20:
+        middle = (low + high) // 2
+        try:
+            plan_of(model, storage, middle, **fields)
+            high = middle
+        except ConfigError:
+            low = middle
+    return high
+
+
+def test_experts_that_are_not_alike_have_no_slots() -> None:
+    _, storage = INT4_EXPERTS
+    other = replace(storage.layers[3], expert_parts=storage.layers[3].expert_parts[:2])
+    layers = [*storage.layers[:3], other, *storage.layers[4:]]
+    assert choose_slots(layers, 100 * GIB) is None
+    dense = replace(other, experts=0, expert_block=0, expert_parts=())
+    some = choose_slots([*storage.layers[:3], dense, *storage.layers[4:]], 8 * GIB)
+    assert some is not None and some.layers == (0, 1, 2, *range(4, 30))
+
+
+def test_a_token_waits_for_what_was_not_foreseen() -> None:
+    model, storage = INT4_EXPERTS
+    plan = plan_of(model, storage, 8 * GIB, **SLOTTED)
+    assert plan.experts is not None
+    ahead, demand = (
+        forecast(model, storage, plan.residency, n, 1, H100, plan.experts) for n in (2, 0)
+    )
+    missed = 240 * (1 - plan.experts.hit_rate) * plan.experts.expert_bytes
+    assert demand.transfer == pytest.approx(missed / (H100.link * BY_PROCESSORS))
+    assert demand.compute < ahead.seconds < demand.seconds
+    many = forecast(model, storage, plan.residency, 2, 4096, H100, plan.experts)
+    absent = plan.experts.host_bytes * (1 - plan.experts.share)
+    assert many.transfer == pytest.approx(absent / (H100.link * BY_PROCESSORS), rel=1e-3)
 
 
 def test_all_weights_stay_where_they_can() -> None:
@@ -142,6 +226,12 @@ def test_the_command_tells_and_draws(tmp_path: Path) -> None:
     first = told["steps"][0]
     assert first["tokens"] == 1 and first["limit"] == "link"
     assert first["transfer_seconds"] == pytest.approx(told["copied_bytes"] / 50e9)
+    experts = ("--shape", "26b", "--weight-bits", "4", "--memory-budget", "8", "--stream-experts")
+    told = json.loads(run(*experts, "--json", "--plot", str(picture)).stdout)
+    assert told["experts"]["slots"] > 128 and not told["streamed"]
+    assert 0.6 < told["experts"]["assumed_hit_rate"] < 1
+    shown = " ".join(run(*experts).stdout.split())
+    assert f"{told['experts']['slots']} slots for" in shown and "assumed:" in shown
     shown = " ".join(run("--shape", "31b", *options, "--tokens", "2048").stdout.split())
     assert "3 slots for" in shown and "as long as copying at" in shown
 
