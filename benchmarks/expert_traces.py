@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conclave.worker.compress.quality.reading import load_unpacked
 from conclave.worker.memory.experts.replay import at_best, by_age, by_policy
 from conclave.worker.model.config import ModelConfig
 from conclave.worker.model.decoder import DenseAttention
 from conclave.worker.model.layers import Experts
 from conclave.worker.text.tokenizer import Tokenizer
-from conclave.worker.weights import load_decoder
 
 MODELS = Path(__file__).parents[1] / "examples" / "models"
 STEEP, FLAT, STAYS = 2.0, 5, 0.25
@@ -96,14 +96,14 @@ def shipped(texts: int, most: int) -> list[Row]:
 def read(folder: Path, config: ModelConfig, texts: int) -> Tensor:
     """int64 [tokens, layers, active]: what the model at `folder` chooses."""
     tokenizer = Tokenizer(folder)
-    decoder = load_decoder(folder, config, torch.device("cpu"), torch.float32)
+    decoder = load_unpacked(folder, torch.device("cpu"))
     seen: list[list[Tensor]] = [[] for _ in config.layers]
     own = [module for module in decoder.modules() if isinstance(module, Experts)]
     for module, chosen in zip(own, seen, strict=True):
         module.router.register_forward_hook(
             lambda _, __, scores, chosen=chosen: chosen.append(scores.topk(own[0].active).indices)
         )
-    lines = (MODELS / "debian-8m" / "heldout.jsonl").read_text().splitlines()
+    lines = (MODELS / "debian-8m-dense" / "heldout.jsonl").read_text().splitlines()
     for line in lines[:: max(1, len(lines) // texts)][:texts]:
         record = json.loads(line)
         ids = torch.tensor(tokenizer.encode(record["prompt"] + record["text"]))

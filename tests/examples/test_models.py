@@ -51,7 +51,7 @@ def test_the_card_has_the_figures(name: str) -> None:
     table = comparison_table(found["heldout"], found["one_shot"], found["original"]["heldout"])
     assert table in (MODELS / name / "README.md").read_text(encoding="utf-8")
     overall = found["heldout"]["overall"]["perplexity"]
-    assert f"| {name} |" in (shipped := (MODELS / "README.md").read_text(encoding="utf-8"))
+    assert f"[{name}]({name})" in (shipped := (MODELS / "README.md").read_text(encoding="utf-8"))
     assert f"{overall:.2f}" in shipped
 
 

@@ -15,6 +15,7 @@ from conclave.kernels.formats import Format
 from conclave.kernels.residence import reference
 from conclave.kernels.residence.table import SlotTable
 from conclave.worker import Engine, Knobs
+from conclave.worker.compress.interchange.exporter import export_checkpoint
 from conclave.worker.memory.experts.cache import ExpertCache
 from conclave.worker.memory.experts.slots import ExpertSlots, fewest_slots
 from conclave.worker.memory.shapes import shape_settings
@@ -143,12 +144,13 @@ def answers(engine: Engine) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("weight_bits", [None, 4])
-def test_an_engine_keeps_to_its_budget(weight_bits: int | None) -> None:
+def test_an_engine_keeps_to_its_budget(weight_bits: int | None, tmp_path: Path) -> None:
     few: dict[str, Any] = {
         **{"device": "cuda", "max_sequences": 4, "max_step_tokens": 64, "max_context": 512},
         **{"prefix_cache": False, "stream_experts": True},
     }
-    folder = MODELS / "debian-moe-8m"
+    folder = tmp_path / "plain"  # as it is, its layers have experts of several kinds
+    export_checkpoint(MODELS / "debian-moe-8m", folder, "dense")
     knobs = Knobs(weight_bits=weight_bits, memory_budget=1)
     with Engine(folder, knobs=knobs, **few) as resident:
         wanted = answers(resident)
