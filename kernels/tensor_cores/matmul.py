@@ -30,10 +30,12 @@ from .wgmma import tile_wgmma
 WARPS = 4
 _MULTIPLES = ("columns",)
 _GRID = "blocks of TOKENS, tiles, splits"
-_interleaved = Kernel(interleave, grid="cdiv(count, BLOCK)", multiples_of_16=("count",))
+_interleaved = Kernel(interleave, grid="cdiv(count, BLOCK)", multiples_of_16=("count", "columns"))
 _mma = Kernel(tile_mma, grid=_GRID, multiples_of_16=_MULTIPLES)
 _wgmma = Kernel(tile_wgmma, grid=_GRID, multiples_of_16=_MULTIPLES)
 _BLOCK = 1024
+_PHASE = {16: 6, 32: 3, 64: 3, 128: 1}
+WIDENING = 2
 _HOPPER = tuple(target for target in NVIDIA if target.capability == 90)
 _OTHERS = tuple(target for target in NVIDIA if target.capability != 90)
 
@@ -48,26 +50,41 @@ def _plan(format: Format, tokens: int, hopper: bool) -> tuple[Kernel, int, dict[
     }
     if not hopper:
         return _mma, block, constants
-    return _wgmma, block, {**constants, "STAGES": 4 if block == 16 else 3, "FOLD": block > 64}
+    fold = block > 64
+    return (
+        _wgmma,
+        block,
+        {
+            **constants,
+            **{"PHASE": _PHASE[block], "AHEAD": 1, "EARLY": True, "FOLD": fold, "OVERLAP": 2},
+            "WIDENING": 0 if fold or format.bits == 8 else WIDENING,
+        },
+    )
 
 
 def variants() -> Iterator[Variant]:
     """What the bundle holds: the usual formats."""
     for target in NVIDIA:
         overlap = target.capability >= 90
-        order = {"BLOCK": _BLOCK, "OVERLAP": overlap}
-        copied = ("*bf16", "*bf16", "i32")
-        yield Variant(_interleaved, copied, order, 4, 1, (target,), _options(overlap))
+        hopper = target.capability == 90
+        copied = ("*bf16", "*bf16", "*bf16", "i32", "i32", "i32")
+        for group in (64, 128) if hopper else (0,):
+            for widening in {0, WIDENING} if hopper else (0,):
+                order = {"GROUP": group, "WIDENING": widening, "BLOCK": _BLOCK, "OVERLAP": overlap}
+                yield Variant(_interleaved, copied, order, 4, 1, (target,), _options(overlap))
     for format in filter(lambda each: supports(each, STEP * 2), SHIPPED):
         codes = "*i32" if format.dense and format.bits == 4 else "*i8" if format.dense else "*u8"
         types = (
-            *("*bf16", "*bf16", codes, "*bf16", "*bf16", "*i32", "*fp32", "*i32"),
+            *(codes, "*bf16", "*bf16", "*i32", "*fp32", "*i32"),
             *(*["i32"] * 5, "fp32"),
         )
         for targets, sizes in ((_HOPPER, (16, 32, 64, 128)), (_OTHERS, (16, 32, 64))):
             for tokens in sizes:
-                kernel, _, constants = _plan(format, tokens, targets is _HOPPER)
-                yield Variant(kernel, types, constants, WARPS, 1, targets)
+                hopper = targets is _HOPPER
+                kernel, _, constants = _plan(format, tokens, hopper)
+                own = ["*bf16"] * (3 if hopper else 2)
+                options = _options(hopper)
+                yield Variant(kernel, (*own, *types), constants, WARPS, 1, targets, options)
 
 
 def _options(overlap: bool) -> dict[str, bool]:
@@ -92,36 +109,42 @@ def matmul(
     """
     _check(x, weight, out, residual, experts, gated)
     target = target_of(x.get_device())
-    overlap = target.capability >= 90
-    ordered = torch.empty_like(x)
+    hopper, overlap = target.capability == 90, target.capability >= 90
+    format, columns = weight.format, weight.columns
+    # Twice what an expert has on average: most then have room in one block.
+    usual = len(x) if experts is None else -(-2 * len(x) // (weight.experts or 1))
+    kernel, each, constants = _plan(format, usual, hopper)
+    read = len(x) + each
+    ordered = torch.empty(read * (columns + columns // format.group * 16), dtype=x.dtype, device=x.device)
+    sums = ordered[read * columns :]
     _interleaved.launch(
         (-(-x.numel() // _BLOCK),),
-        *(ordered, x, x.numel()),
-        constants={"BLOCK": _BLOCK, "OVERLAP": overlap},
+        *(ordered, sums, x, x.numel(), columns, read),
+        constants={
+            **{"GROUP": format.group if hopper else 0, "WIDENING": constants.get("WIDENING", 0)},
+            **{"BLOCK": _BLOCK, "OVERLAP": overlap},
+        },
         warps=4,
         stages=1,
         options=_options(overlap),
     )
     partials, counters = workspace(x.device)
     if experts is None:
-        kernel, each, constants = _plan(weight.format, len(x), target.capability == 90)
         blocks, count = counters, -(-len(x) // each)
     else:
-        # Twice what an expert has on average: most then have room in one block.
-        usual = -(-2 * len(x) // (weight.experts or 1))
-        kernel, each, constants = _plan(weight.format, usual, target.capability == 90)
         blocks = expert_blocks(experts, weight.experts or 1, each)
         count = len(blocks)
     chunks = weight.columns // weight.format.group
     splits = matmul_splits(x.device, weight.tiles, chunks, count, each)
     kernel.launch(
         (count, weight.tiles, splits),
-        *(out, ordered, weight.codes, weight.scales, out if residual is None else residual),
+        *(out, ordered, *([sums] if hopper else []), weight.codes, weight.scales, out if residual is None else residual),
         *(blocks, partials, counters, len(x), weight.rows, weight.columns),
         *(epilogue_of(residual, gated), int(experts is not None), float(scale)),
         constants=constants,
         warps=WARPS,
         stages=1,
+        options=_options(hopper),
     )
 
 
