@@ -31,11 +31,12 @@ WIDENED_TIMES = gl.constexpr(2.0**53)
 
 
 # Of each byte j of $8: its value (two's complement) times the lane's places, added to $11 to $18.
+# A shuffle looks at the lower five bits of its index alone.
 _PLACE = gl.constexpr(
-    "{ .reg .b32 values, byte, value, place; and.b32 values, $8, 0xF0F0F0F0;"
-    "shr.u32 values, values, 4;"
+    "{ .reg .b32 byte, value, place;"
     + "".join(
-        f"shr.u32 byte, $8, {8 * j}; prmt.b32 value, values, 0, 0x444{j};"
+        (f"prmt.b32 byte, $8, 0, 0x444{j};" if j < 3 else "shr.u32 byte, $8, 24;")
+        + f"shr.u32 value, byte, 4;"
         f"shfl.sync.idx.b32 place, $9, byte, 31, -1;"
         f"mad.lo.u32 ${2 * j}, value, place, ${11 + 2 * j};"
         f"shfl.sync.idx.b32 place, $10, byte, 31, -1;"
@@ -251,7 +252,14 @@ def placed(words, low_place, high_place, KEPT: gl.constexpr):
     A dense weight's words as they are.
     """
     if KEPT == _SPAN:
-        return words[0]
+        eight = words[0]
+    else:
+        eight = _scattered(words, low_place, high_place, KEPT)
+    return eight
+
+
+@gluon.jit
+def _scattered(words, low_place, high_place, KEPT: gl.constexpr):
     low0 = gl.zeros_like(words[0])
     high0, low1, high1, low2, high2, low3, high3 = low0, low0, low0, low0, low0, low0, low0
     for slot in gl.static_range(KEPT):

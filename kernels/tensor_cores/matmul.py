@@ -34,32 +34,43 @@ _interleaved = Kernel(interleave, grid="cdiv(count, BLOCK)", multiples_of_16=("c
 _mma = Kernel(tile_mma, grid=_GRID, multiples_of_16=_MULTIPLES)
 _wgmma = Kernel(tile_wgmma, grid=_GRID, multiples_of_16=_MULTIPLES)
 _BLOCK = 1024
-_PHASE = {16: 6, 32: 3, 64: 3, 128: 1}
+_PHASES = {8: 768, 16: 512, 32: 384, 64: 384, 128: 128}
 WIDENING = 2
 _HOPPER = tuple(target for target in NVIDIA if target.capability == 90)
 _OTHERS = tuple(target for target in NVIDIA if target.capability != 90)
 
 
-def _plan(format: Format, tokens: int, hopper: bool) -> tuple[Kernel, int, dict[str, object]]:
-    """The kernel for so many tokens, how many of them a program has, and its constants."""
+def _plan(
+    format: Format, tokens: int, hopper: bool, least: int = 16
+) -> tuple[Kernel, int, dict[str, object], dict[str, int]]:
+    """The kernel for so many tokens, how many of them a program has, its constants and options."""
     most = 128 if hopper else 64
-    block = max(16, min(most, 1 << (tokens - 1).bit_length()))
+    block = max(least if hopper else 16, min(most, 1 << (tokens - 1).bit_length()))
     constants = {
         **{"KEPT": format.kept, "BITS": format.bits, "GROUP": format.group, "TOKENS": block},
         "WORDS": word_layout(format, WARPS),
     }
     if not hopper:
-        return _mma, block, constants
+        return _mma, block, constants, {}
     fold = block > 64
-    return (
-        _wgmma,
-        block,
-        {
-            **constants,
-            **{"PHASE": _PHASE[block], "AHEAD": 1, "EARLY": True, "FOLD": fold, "OVERLAP": 2},
-            "WIDENING": 0 if fold or format.bits == 8 else WIDENING,
-        },
-    )
+    constants |= {
+        **{"PHASE": _PHASES[block] // format.group, "AHEAD": 1, "EARLY": block > 16, "FOLD": fold},
+        **{"OVERLAP": 2, "WIDENING": 0 if fold or format.bits == 8 else WIDENING},
+    }
+    return _wgmma, block, constants, {"launch_pdl": True, "maxnreg": _registers(format, block)}
+
+
+def _registers(format: Format, block: int) -> int:
+    """Of a thread at most: what nothing is spilled with.
+
+    With 80, 96, 128 and 168 six, five, four and three programs fit a processor.
+    """
+    if block > 32 or (format.bits == 8 and block == 32):
+        return 255
+    if block == 32 or format.bits == 8:
+        return 168
+    lean = format.kept <= 6 and format.group == 128
+    return {8: 80 if lean else 96, 16: 96 if lean else 128}[block]
 
 
 def variants() -> Iterator[Variant]:
@@ -78,12 +89,11 @@ def variants() -> Iterator[Variant]:
             *(codes, "*bf16", "*bf16", "*i32", "*fp32", "*i32"),
             *(*["i32"] * 5, "fp32"),
         )
-        for targets, sizes in ((_HOPPER, (16, 32, 64, 128)), (_OTHERS, (16, 32, 64))):
+        for targets, sizes in ((_HOPPER, (8, 16, 32, 64, 128)), (_OTHERS, (16, 32, 64))):
             for tokens in sizes:
                 hopper = targets is _HOPPER
-                kernel, _, constants = _plan(format, tokens, hopper)
+                kernel, _, constants, options = _plan(format, tokens, hopper, 8)
                 own = ["*bf16"] * (3 if hopper else 2)
-                options = _options(hopper)
                 yield Variant(kernel, (*own, *types), constants, WARPS, 1, targets, options)
 
 
@@ -113,7 +123,7 @@ def matmul(
     format, columns = weight.format, weight.columns
     # Twice what an expert has on average: most then have room in one block.
     usual = len(x) if experts is None else -(-2 * len(x) // (weight.experts or 1))
-    kernel, each, constants = _plan(format, usual, hopper)
+    kernel, each, constants, options = _plan(format, usual, hopper, 8 if experts is None else 16)
     read = len(x) + each
     ordered = torch.empty(read * (columns + columns // format.group * 16), dtype=x.dtype, device=x.device)
     sums = ordered[read * columns :]
@@ -144,7 +154,7 @@ def matmul(
         constants=constants,
         warps=WARPS,
         stages=1,
-        options=_options(hopper),
+        options=options,
     )
 
 

@@ -24,6 +24,31 @@ from .grouping import share_of
 _TILE = gl.constexpr(TILE)
 
 
+# The float32 of four bfloat16.
+_FOUR = gl.constexpr(
+    "{ .reg .b32 low, high; mov.b64 {low, high}, $4;"
+    "shl.b32 $0, low, 16; and.b32 $1, low, 0xFFFF0000;"
+    "shl.b32 $2, high, 16; and.b32 $3, high, 0xFFFF0000; }"
+)
+
+
+@gluon.jit
+def _factors(place, ROWS: gl.constexpr):
+    """float32 [128] of the rows' scales, in the order of the sums; a lane's four are one load."""
+    row0, row1, row2, row3 = gl.inline_asm_elementwise(
+        _FOUR,
+        "=&r,=&r,=&r,=&r,l",
+        [gl.load(place)],
+        dtype=(gl.float32, gl.float32, gl.float32, gl.float32),
+        is_pure=True,
+        pack=1,
+    )
+    rows = gl.join(gl.join(row0, row2), gl.join(row1, row3))
+    # From warp, lane, low, high.
+    rows = gl.permute(gl.reshape(rows, [4, 8, 2, 2]), [3, 0, 2, 1])
+    return gl.convert_layout(gl.reshape(rows, [_TILE]), ROWS, assert_trivial=True)
+
+
 @gluon.jit
 def _decoded(
     nibbles,
@@ -90,20 +115,21 @@ def _phase(
     EARLY: gl.constexpr,
     FOLD: gl.constexpr,
     WIDENING: gl.constexpr,
-    LEFT: gl.constexpr,
+    MMA: gl.constexpr,
 ):
     """Multiplies the groups of columns `first` to `stop`, whose activations are in `tiles`."""
     STEPS: gl.constexpr = GROUP // 64
     EACH: gl.constexpr = words_a_column(KEPT, BITS)
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     total, part, nibbles, factor, queue = state
     for chunk in range(first, stop):
         if FOLD:
-            later = gl.load(own + gl.minimum(chunk + 1, last - 1) * _TILE)
+            now = factor
+            factor = gl.load(own + gl.minimum(chunk + 1, last - 1) * _TILE)
         else:
-            factor = gl.load(own + chunk * _TILE)
-            later = factor
+            now = _factors(own + chunk * 32, gl.SliceLayout(1, MMA))
         for step in gl.static_range(STEPS):
-            left = _decoded(nibbles, factor, KEPT, BITS, FOLD, WIDENING, LEFT)
+            left = _decoded(nibbles, now, KEPT, BITS, FOLD, WIDENING, LEFT)
             tile = tiles.index((chunk - first) * STEPS + step).permute((1, 0))
             running = warpgroup_mma(left, tile, part, use_acc=FOLD or step > 0, is_async=True)
             if step == 0 and corrections is not None:
@@ -124,10 +150,8 @@ def _phase(
                 part, _, nibbles = warpgroup_mma_wait(num_outstanding=0, deps=(running, left, nibbles))
             else:
                 part, _ = warpgroup_mma_wait(num_outstanding=0, deps=(running, left))
-        if FOLD:
-            factor = later
-        else:
-            total += part * factor.to(gl.float32)[:, None]
+        if not FOLD:
+            total += part * now[:, None]
     return total, part, nibbles, factor, queue
 
 
@@ -183,6 +207,13 @@ def tile_wgmma(
     SHARED_SUMS: gl.constexpr = gl.NVMMASharedLayout(
         swizzle_byte_width=32, element_bitwidth=16, rank=2
     )
+    FOURS: gl.constexpr = gl.DistributedLinearLayout(
+        reg_bases=[],
+        lane_bases=[[0], [0], [1], [2], [4]],
+        warp_bases=[[8], [16]],
+        block_bases=[],
+        shape=[32],
+    )
     EACH: gl.constexpr = words_a_column(KEPT, BITS)
     STEPS: gl.constexpr = GROUP // 64
     if OVERLAP > 1:
@@ -201,7 +232,11 @@ def tile_wgmma(
     # Row r of the sums: lane r % 8, the lower bit of which of its rows, the warp, the higher bit.
     r = gl.arange(0, _TILE, layout=gl.SliceLayout(1, MMA))
     row = (r // 16 % 4 * 8 + r % 8) * 4 + r // 64 * 2 + r // 8 % 2
-    own = scales + tile * (chunks * _TILE) + row
+    if FOLD:
+        own = scales + tile * (chunks * _TILE) + row
+    else:
+        four = gl.arange(0, 32, layout=FOURS)
+        own = scales.to(gl.pointer_type(gl.int64), bitcast=True) + tile * (chunks * 32) + four
     # Programs without columns read what is there.
     near = gl.minimum(first, chunks - 1)
     words = words_of(base + near * (GROUP * EACH), None, KEPT)
@@ -210,7 +245,9 @@ def tile_wgmma(
         ahead = gl.minimum(near + step // STEPS, gl.maximum(last, 1) - 1)
         place = base + ahead * (GROUP * EACH) + step % STEPS * (64 * EACH)
         queue = queue + (words_of(place, None, KEPT),)
-    factor = gl.load(own + near * _TILE)
+    factor = near
+    if FOLD:
+        factor = gl.load(own + near * _TILE)
     if OVERLAP > 0:
         tl.extra.cuda.gdc_wait()
     tiles = gl.allocate_shared_memory(gl.bfloat16, [PHASE * STEPS, TOKENS, 64], SHARED)
@@ -243,7 +280,7 @@ def tile_wgmma(
         _copy(other_tiles, other_corrections, held, own_sums, lines, middle, last, PHASE, STEPS)
         state = _phase(
             tiles, corrections, constant, begin, middle, last, base, own, low_place, high_place,
-            state, KEPT, BITS, GROUP, AHEAD, EARLY, FOLD, WIDENING, LEFT,
+            state, KEPT, BITS, GROUP, AHEAD, EARLY, FOLD, WIDENING, MMA,
         )
         async_copy.wait_group(0)
         fence_async_shared()
@@ -251,7 +288,7 @@ def tile_wgmma(
         _copy(tiles, corrections, held, own_sums, lines, end, last, PHASE, STEPS)
         state = _phase(
             other_tiles, other_corrections, constant, middle, end, last, base, own, low_place,
-            high_place, state, KEPT, BITS, GROUP, AHEAD, EARLY, FOLD, WIDENING, LEFT,
+            high_place, state, KEPT, BITS, GROUP, AHEAD, EARLY, FOLD, WIDENING, MMA,
         )
     total, part, nibbles, factor, queue = state
     async_copy.wait_group(0)
