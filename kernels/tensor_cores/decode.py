@@ -25,7 +25,7 @@ STEP = 64
 """Columns decoded at a time: one group for each of four lanes."""
 _SPAN = gl.constexpr(SPAN)
 _TIMES = gl.constexpr(2.0**80)
-"""What activations are multiplied by where weights are tiny: they are 2^-133 of what they stand for."""
+"""Of activations where weights are tiny, 2^-133 of what they stand for."""
 _LEAST_TIMES = gl.constexpr(2.0**-53)
 WIDENED_TIMES = gl.constexpr(2.0**53)
 

@@ -54,7 +54,13 @@ def _plan(
         return _mma, block, constants, {}
     fold = block > 64
     constants |= {
-        **{"PHASE": _PHASES[block] // format.group, "AHEAD": 1, "EARLY": block > 16, "FOLD": fold},
+        **{
+            "PHASE": _PHASES[block] // format.group,
+            "AHEAD": 1,
+            "FETCH": 0,
+            "EARLY": block > 16,
+            "FOLD": fold,
+        },
         **{"OVERLAP": 2, "WIDENING": 0 if fold or format.bits == 8 else WIDENING},
     }
     return _wgmma, block, constants, {"launch_pdl": True, "maxnreg": _registers(format, block)}
@@ -69,8 +75,10 @@ def _registers(format: Format, block: int) -> int:
         return 255
     if block == 32 or format.bits == 8:
         return 168
-    lean = format.kept <= 6 and format.group == 128
-    return {8: 80 if lean else 96, 16: 96 if lean else 128}[block]
+    wide = format.group == 128
+    if block == 16:
+        return 96 if format.kept <= 6 and wide else 128
+    return 80 if format.kept <= 5 and wide else 104
 
 
 def variants() -> Iterator[Variant]:
@@ -125,7 +133,9 @@ def matmul(
     usual = len(x) if experts is None else -(-2 * len(x) // (weight.experts or 1))
     kernel, each, constants, options = _plan(format, usual, hopper, 8 if experts is None else 16)
     read = len(x) + each
-    ordered = torch.empty(read * (columns + columns // format.group * 16), dtype=x.dtype, device=x.device)
+    ordered = torch.empty(
+        read * (columns + columns // format.group * 16), dtype=x.dtype, device=x.device
+    )
     sums = ordered[read * columns :]
     _interleaved.launch(
         (-(-x.numel() // _BLOCK),),
@@ -148,7 +158,14 @@ def matmul(
     splits = matmul_splits(x.device, weight.tiles, chunks, count, each)
     kernel.launch(
         (count, weight.tiles, splits),
-        *(out, ordered, *([sums] if hopper else []), weight.codes, weight.scales, out if residual is None else residual),
+        *(
+            out,
+            ordered,
+            *([sums] if hopper else []),
+            weight.codes,
+            weight.scales,
+            out if residual is None else residual,
+        ),
         *(blocks, partials, counters, len(x), weight.rows, weight.columns),
         *(epilogue_of(residual, gated), int(experts is not None), float(scale)),
         constants=constants,

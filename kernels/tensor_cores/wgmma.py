@@ -33,19 +33,19 @@ _FOUR = gl.constexpr(
 
 
 @gluon.jit
-def _factors(place, ROWS: gl.constexpr):
-    """float32 [128] of the rows' scales, in the order of the sums; a lane's four are one load."""
+def _factors(four, ROWS: gl.constexpr):
+    """float32 [128] of the scales of lanes' four rows, in the order of the sums."""
     row0, row1, row2, row3 = gl.inline_asm_elementwise(
         _FOUR,
         "=&r,=&r,=&r,=&r,l",
-        [gl.load(place)],
+        [four],
         dtype=(gl.float32, gl.float32, gl.float32, gl.float32),
         is_pure=True,
         pack=1,
     )
     rows = gl.join(gl.join(row0, row2), gl.join(row1, row3))
-    # From warp, lane, low, high.
-    rows = gl.permute(gl.reshape(rows, [4, 8, 2, 2]), [3, 0, 2, 1])
+    # From warp, lane, row, row: row, warp, row, lane.
+    rows = gl.permute(gl.reshape(rows, [4, 8, 2, 2]), [2, 0, 3, 1])
     return gl.convert_layout(gl.reshape(rows, [_TILE]), ROWS, assert_trivial=True)
 
 
@@ -78,6 +78,20 @@ def _decoded(
 
 
 @gluon.jit
+def _prefetch(place, thread, size):
+    """Brings bytes from the place of thread 0 into the L2 cache."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred first; setp.eq.s32 first, $2, 0;"
+        "@first cp.async.bulk.prefetch.L2.global [$1], $3; mov.b32 $0, 0; }",
+        "=r,l,r,r",
+        [place.to(gl.int64, bitcast=True), thread, size],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def _copy(
     tiles, corrections, held, own_sums, lines, first, last, PHASE: gl.constexpr, STEPS: gl.constexpr
 ):
@@ -104,6 +118,8 @@ def _phase(
     stop,
     last,
     base,
+    near,
+    thread,
     own,
     low_place,
     high_place,
@@ -112,6 +128,7 @@ def _phase(
     BITS: gl.constexpr,
     GROUP: gl.constexpr,
     AHEAD: gl.constexpr,
+    FETCH: gl.constexpr,
     EARLY: gl.constexpr,
     FOLD: gl.constexpr,
     WIDENING: gl.constexpr,
@@ -123,11 +140,12 @@ def _phase(
     LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     total, part, nibbles, factor, queue = state
     for chunk in range(first, stop):
-        if FOLD:
-            now = factor
-            factor = gl.load(own + gl.minimum(chunk + 1, last - 1) * _TILE)
-        else:
-            now = _factors(own + chunk * 32, gl.SliceLayout(1, MMA))
+        now = factor
+        factor = gl.load(own + gl.minimum(chunk + 1, last - 1) * (_TILE if FOLD else 32))
+        if FETCH > 0:
+            behind = gl.maximum(chunk + FETCH + 1 - last, 0)
+            fetch = near + (chunk + FETCH) * (GROUP * EACH)
+            _prefetch(fetch, thread + behind, GROUP * EACH * 4)
         for step in gl.static_range(STEPS):
             left = _decoded(nibbles, now, KEPT, BITS, FOLD, WIDENING, LEFT)
             tile = tiles.index((chunk - first) * STEPS + step).permute((1, 0))
@@ -146,12 +164,21 @@ def _phase(
             nibbles = placed(words, low_place, high_place, KEPT)
             if EARLY and KEPT < 16 and step + 1 == STEPS:
                 # So that the compiler leaves the decoding before the wait.
-                gl.inline_asm_elementwise("bar.warp.sync -1; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-                part, _, nibbles = warpgroup_mma_wait(num_outstanding=0, deps=(running, left, nibbles))
+                gl.inline_asm_elementwise(
+                    "bar.warp.sync -1; mov.b32 $0, 0;",
+                    "=r",
+                    [],
+                    dtype=gl.int32,
+                    is_pure=False,
+                    pack=1,
+                )
+                part, _, nibbles = warpgroup_mma_wait(
+                    num_outstanding=0, deps=(running, left, nibbles)
+                )
             else:
                 part, _ = warpgroup_mma_wait(num_outstanding=0, deps=(running, left))
         if not FOLD:
-            total += part * now[:, None]
+            total += part * _factors(now, gl.SliceLayout(1, MMA))[:, None]
     return total, part, nibbles, factor, queue
 
 
@@ -191,6 +218,7 @@ def tile_wgmma(
     TOKENS: gl.constexpr,
     PHASE: gl.constexpr,
     AHEAD: gl.constexpr,
+    FETCH: gl.constexpr,
     EARLY: gl.constexpr,
     FOLD: gl.constexpr,
     WIDENING: gl.constexpr,
@@ -245,9 +273,15 @@ def tile_wgmma(
         ahead = gl.minimum(near + step // STEPS, gl.maximum(last, 1) - 1)
         place = base + ahead * (GROUP * EACH) + step % STEPS * (64 * EACH)
         queue = queue + (words_of(place, None, KEPT),)
-    factor = near
-    if FOLD:
-        factor = gl.load(own + near * _TILE)
+    factor = gl.load(own + near * (_TILE if FOLD else 32))
+    thread = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    origin = codes.to(gl.pointer_type(gl.int32), bitcast=True) + tile * (columns * EACH)
+    if FETCH > 0:
+        count = gl.maximum(last - first, 0)
+        none = gl.where(count > 0, 0, 1)
+        _prefetch(scales + (tile * chunks + near) * _TILE, thread + none, count * (_TILE * 2))
+        fetched = gl.minimum(count, FETCH) * (GROUP * EACH * 4)
+        _prefetch(origin + near * (GROUP * EACH), thread + none, fetched)
     if OVERLAP > 0:
         tl.extra.cuda.gdc_wait()
     tiles = gl.allocate_shared_memory(gl.bfloat16, [PHASE * STEPS, TOKENS, 64], SHARED)
@@ -279,16 +313,56 @@ def tile_wgmma(
         barrier()
         _copy(other_tiles, other_corrections, held, own_sums, lines, middle, last, PHASE, STEPS)
         state = _phase(
-            tiles, corrections, constant, begin, middle, last, base, own, low_place, high_place,
-            state, KEPT, BITS, GROUP, AHEAD, EARLY, FOLD, WIDENING, MMA,
+            tiles,
+            corrections,
+            constant,
+            begin,
+            middle,
+            last,
+            base,
+            origin,
+            thread,
+            own,
+            low_place,
+            high_place,
+            state,
+            KEPT,
+            BITS,
+            GROUP,
+            AHEAD,
+            FETCH,
+            EARLY,
+            FOLD,
+            WIDENING,
+            MMA,
         )
         async_copy.wait_group(0)
         fence_async_shared()
         barrier()
         _copy(tiles, corrections, held, own_sums, lines, end, last, PHASE, STEPS)
         state = _phase(
-            other_tiles, other_corrections, constant, middle, end, last, base, own, low_place,
-            high_place, state, KEPT, BITS, GROUP, AHEAD, EARLY, FOLD, WIDENING, MMA,
+            other_tiles,
+            other_corrections,
+            constant,
+            middle,
+            end,
+            last,
+            base,
+            origin,
+            thread,
+            own,
+            low_place,
+            high_place,
+            state,
+            KEPT,
+            BITS,
+            GROUP,
+            AHEAD,
+            FETCH,
+            EARLY,
+            FOLD,
+            WIDENING,
+            MMA,
         )
     total, part, nibbles, factor, queue = state
     async_copy.wait_group(0)
