@@ -16,7 +16,7 @@ import torch
 from .workspace import COUNTERS, PARTIALS
 
 TABLE = Path(__file__).parent / "tuned.json"
-_PROGRAMS_EACH = {16: 3.8, 32: 2.7, 64: 2.0, 128: 1.0}
+_PROGRAMS_EACH = {8: 3.8, 16: 3.8, 32: 2.7, 64: 2.0, 128: 1.0}
 """Programs for each processor that `matmul_rule` aims at, by tokens of a program."""
 
 MOST_AHEAD = 20_000

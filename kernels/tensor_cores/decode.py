@@ -24,14 +24,19 @@ from ..formats import SPAN, Format
 STEP = 64
 """Columns decoded at a time: one group for each of four lanes."""
 _SPAN = gl.constexpr(SPAN)
+_TIMES = gl.constexpr(2.0**80)
+"""Of activations where weights are tiny, 2^-133 of what they stand for."""
+_LEAST_TIMES = gl.constexpr(2.0**-53)
+WIDENED_TIMES = gl.constexpr(2.0**53)
 
 
 # Of each byte j of $8: its value (two's complement) times the lane's places, added to $11 to $18.
+# A shuffle looks at the lower five bits of its index alone.
 _PLACE = gl.constexpr(
-    "{ .reg .b32 values, byte, value, place; and.b32 values, $8, 0xF0F0F0F0;"
-    "shr.u32 values, values, 4;"
+    "{ .reg .b32 byte, value, place;"
     + "".join(
-        f"shr.u32 byte, $8, {8 * j}; prmt.b32 value, values, 0, 0x444{j};"
+        (f"prmt.b32 byte, $8, 0, 0x444{j};" if j < 3 else "shr.u32 byte, $8, 24;")
+        + f"shr.u32 value, byte, 4;"
         f"shfl.sync.idx.b32 place, $9, byte, 31, -1;"
         f"mad.lo.u32 ${2 * j}, value, place, ${11 + 2 * j};"
         f"shfl.sync.idx.b32 place, $10, byte, 31, -1;"
@@ -63,17 +68,93 @@ _WIDEN_BIASED = gl.constexpr(_widening(0x43004300, 0xC308C308))
 _WIDEN_REGISTERS = gl.constexpr(",".join(["=&r"] * 4 + ["r"] * 8))
 
 
+def _tiny(magic: int) -> str:
+    """Of the nibbles of $4, XOR `magic`: the tiny bfloat16 whose bits they are, times 16 at odd."""
+    return (
+        "{ .reg .b32 upper; shr.u32 upper, $4, 8;"
+        + "".join(
+            f"lop3.b32 ${2 * half + odd}, {word}, {0xF000F << 4 * odd:#x}, "
+            f"{magic << 4 * odd:#x}, 0x6A;"
+            for half, word in enumerate(("$4", "upper"))
+            for odd in range(2)
+        )
+        + "}"
+    )
+
+
+_TINY = gl.constexpr(_tiny(0x80008))
+_TINY_BIASED = gl.constexpr(_tiny(0))
+
+
+def _plain(magic: int) -> str:
+    """As `_widening`, with the 136 still in."""
+    return (
+        "{ .reg .b32 part;"
+        + "".join(
+            f"shr.u32 part, $4, {4 * c}; lop3.b32 ${c}, part, 0x000F000F, {magic:#x}, 0x6A;"
+            for c in range(4)
+        )
+        + "}"
+    )
+
+
+_PLAIN = gl.constexpr(_plain(0x43084308))
+_PLAIN_BIASED = gl.constexpr(_plain(0x43004300))
+
+
 @triton.jit
-def interleave(out, x, count, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
-    """Column 16t + 8h + 4i + 2e + f of each 64 of x to 32h + 16i + 8e + 2t + f."""
+def interleave(
+    out,
+    sums,
+    x,
+    count,
+    columns,
+    lines,
+    GROUP: tl.constexpr,
+    WIDENING: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """Column 16t + 8h + 4i + 2e + f of each 64 of x to 32h + 16i + 8e + 2t + f.
+
+    With GROUP, the same 64 columns of all tokens come together: [K/64, lines, 64].
+    And the sum of each GROUP as three bfloat16 in the first of 16 columns of `sums`.
+    """
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(x + place, mask=place < count)
-    half, fourth, eighth = place // 8 % 2, place // 4 % 2, place // 2 % 2
-    to = 32 * half + 16 * fourth + 8 * eighth + place // 16 % 4 * 2 + place % 2
-    tl.store(out + place // 64 * 64 + to, value, mask=place < count)
+    PIECES: tl.constexpr = BLOCK // 64
+    piece = tl.program_id(0) * PIECES + tl.arange(0, PIECES)[:, None]
+    column = tl.arange(0, 64)[None, :]
+    fits = piece * 64 < count
+    value = tl.load(x + piece * 64 + column, mask=fits, other=0.0)
+    eighth = column // 2 % 2
+    to = 32 * (column // 8 % 2) + 16 * (column // 4 % 2) + 8 * eighth
+    to += column // 16 * 2 + column % 2
+    wide = value.to(tl.float32)
+    if WIDENING == 2:
+        even = wide * _TIMES
+        value = tl.where(eighth > 0, even * 0.0625, even).to(tl.bfloat16)
+        wide = wide * _LEAST_TIMES
+    if GROUP:
+        each = columns // 64
+        tl.store(out + (piece % each * lines + piece // each) * 64 + to, value, mask=fits)
+    else:
+        tl.store(out + piece * 64 + to, value, mask=fits)
+    if WIDENING > 0:
+        GROUPS: tl.constexpr = BLOCK // GROUP
+        left = tl.sum(tl.reshape(wide, [GROUPS, GROUP]), 1)
+        group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)[:, None]
+        part = tl.arange(0, 16)[None, :]
+        high = left.to(tl.bfloat16)
+        left -= high.to(tl.float32)
+        middle = left.to(tl.bfloat16)
+        left -= middle.to(tl.float32)
+        parts = tl.where(part == 0, high[:, None], tl.where(part == 1, middle[:, None], 0.0))
+        parts = tl.where(part == 2, left.to(tl.bfloat16)[:, None], parts)
+        each_group = columns // GROUP
+        place = group % each_group * lines + group // each_group
+        tl.store(sums + place * 16 + part, parts.to(tl.bfloat16), mask=group * GROUP < count)
 
 
 def supports(format: Format, columns: int) -> bool:
@@ -142,7 +223,10 @@ def words_of(place, fits, KEPT: gl.constexpr):
     """The words of 64 columns: of the KEPT slots of a group, 32 words apart, or all of a dense."""
     words = ()
     for slot in gl.static_range(KEPT if KEPT < _SPAN else 1):
-        word = gl.load(place + slot * 32, mask=fits, other=0, eviction_policy="evict_first")
+        if fits is None:
+            word = gl.load(place + slot * 32, eviction_policy="evict_first")
+        else:
+            word = gl.load(place + slot * 32, mask=fits, other=0, eviction_policy="evict_first")
         words = words + (word,)
     return words
 
@@ -162,8 +246,20 @@ def places(KEPT: gl.constexpr, WORDS: gl.constexpr):
 
 
 @gluon.jit
-def _placed(words, low_place, high_place, KEPT: gl.constexpr):
-    """Nibbles of survivors where dense int4 has them: int32 [words, 4, half 2, row 2, row 2]."""
+def placed(words, low_place, high_place, KEPT: gl.constexpr):
+    """Nibbles of survivors where dense int4 has them: int32 [words, 4, half 2, row 2, row 2].
+
+    A dense weight's words as they are.
+    """
+    if KEPT == _SPAN:
+        eight = words[0]
+    else:
+        eight = _scattered(words, low_place, high_place, KEPT)
+    return eight
+
+
+@gluon.jit
+def _scattered(words, low_place, high_place, KEPT: gl.constexpr):
     low0 = gl.zeros_like(words[0])
     high0, low1, high1, low2, high2, low3, high3 = low0, low0, low0, low0, low0, low0, low0
     for slot in gl.static_range(KEPT):
@@ -214,17 +310,19 @@ def _bytes_of(word):
 
 
 @gluon.jit
-def widened(words, low_place, high_place, KEPT: gl.constexpr, BITS: gl.constexpr):
-    """bfloat16 [warp 4, lane 8, group 4, half 2, row 2, row 2, 2, 2, 2]; the rows' higher bit comes
-    first, and the last three are i, e and f of `interleave`."""
+def widened(words, KEPT: gl.constexpr, BITS: gl.constexpr, WIDENING: gl.constexpr = 0):
+    """bfloat16 [warp 4, lane 8, group 4, half 2, row 2, row 2, 2, 2, 2] of what `placed` gave; the
+    rows' higher bit comes first, and the last three are i, e and f of `interleave`."""
     if BITS == 8:
-        wide = _bytes_of(words[0])
+        wide = _bytes_of(words)
     else:
-        WIDEN: gl.constexpr = _WIDEN if KEPT < _SPAN else _WIDEN_BIASED
-        if KEPT < _SPAN:
-            eight = _placed(words, low_place, high_place, KEPT)
+        if WIDENING == 2:
+            WIDEN: gl.constexpr = _TINY if KEPT < _SPAN else _TINY_BIASED
+        elif WIDENING == 1:
+            WIDEN: gl.constexpr = _PLAIN if KEPT < _SPAN else _PLAIN_BIASED
         else:
-            eight = gl.reshape(words[0], [32, 4, 2, 2, 2])
+            WIDEN: gl.constexpr = _WIDEN if KEPT < _SPAN else _WIDEN_BIASED
+        eight = gl.reshape(words, [32, 4, 2, 2, 2])
         # Eight copies of each word in the same registers: what the assembler makes eight values of.
         eight = gl.join(eight, eight)
         eight = gl.join(eight, eight)

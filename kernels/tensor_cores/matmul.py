@@ -30,44 +30,79 @@ from .wgmma import tile_wgmma
 WARPS = 4
 _MULTIPLES = ("columns",)
 _GRID = "blocks of TOKENS, tiles, splits"
-_interleaved = Kernel(interleave, grid="cdiv(count, BLOCK)", multiples_of_16=("count",))
+_interleaved = Kernel(interleave, grid="cdiv(count, BLOCK)", multiples_of_16=("count", "columns"))
 _mma = Kernel(tile_mma, grid=_GRID, multiples_of_16=_MULTIPLES)
 _wgmma = Kernel(tile_wgmma, grid=_GRID, multiples_of_16=_MULTIPLES)
 _BLOCK = 1024
+_PHASES = {8: 768, 16: 512, 32: 384, 64: 384, 128: 128}
+WIDENING = 2
 _HOPPER = tuple(target for target in NVIDIA if target.capability == 90)
 _OTHERS = tuple(target for target in NVIDIA if target.capability != 90)
 
 
-def _plan(format: Format, tokens: int, hopper: bool) -> tuple[Kernel, int, dict[str, object]]:
-    """The kernel for so many tokens, how many of them a program has, and its constants."""
+def _plan(
+    format: Format, tokens: int, hopper: bool, least: int = 16
+) -> tuple[Kernel, int, dict[str, object], dict[str, int]]:
+    """The kernel for so many tokens, how many of them a program has, its constants and options."""
     most = 128 if hopper else 64
-    block = max(16, min(most, 1 << (tokens - 1).bit_length()))
+    block = max(least if hopper else 16, min(most, 1 << (tokens - 1).bit_length()))
     constants = {
         **{"KEPT": format.kept, "BITS": format.bits, "GROUP": format.group, "TOKENS": block},
         "WORDS": word_layout(format, WARPS),
     }
     if not hopper:
-        return _mma, block, constants
-    return _wgmma, block, {**constants, "STAGES": 4 if block == 16 else 3, "FOLD": block > 64}
+        return _mma, block, constants, {}
+    fold = block > 64
+    constants |= {
+        **{
+            "PHASE": _PHASES[block] // format.group,
+            "AHEAD": 1,
+            "FETCH": 0,
+            "EARLY": block > 16,
+            "FOLD": fold,
+        },
+        **{"OVERLAP": 2, "WIDENING": 0 if fold or format.bits == 8 else WIDENING},
+    }
+    return _wgmma, block, constants, {"launch_pdl": True, "maxnreg": _registers(format, block)}
+
+
+def _registers(format: Format, block: int) -> int:
+    """Of a thread at most: what nothing is spilled with.
+
+    With 80, 96, 128 and 168 six, five, four and three programs fit a processor.
+    """
+    if block > 32 or (format.bits == 8 and block == 32):
+        return 255
+    if block == 32 or format.bits == 8:
+        return 168
+    wide = format.group == 128
+    if block == 16:
+        return 96 if format.kept <= 6 and wide else 128
+    return 80 if format.kept <= 5 and wide else 104
 
 
 def variants() -> Iterator[Variant]:
     """What the bundle holds: the usual formats."""
     for target in NVIDIA:
         overlap = target.capability >= 90
-        order = {"BLOCK": _BLOCK, "OVERLAP": overlap}
-        copied = ("*bf16", "*bf16", "i32")
-        yield Variant(_interleaved, copied, order, 4, 1, (target,), _options(overlap))
+        hopper = target.capability == 90
+        copied = ("*bf16", "*bf16", "*bf16", "i32", "i32", "i32")
+        for group in (64, 128) if hopper else (0,):
+            for widening in {0, WIDENING} if hopper else (0,):
+                order = {"GROUP": group, "WIDENING": widening, "BLOCK": _BLOCK, "OVERLAP": overlap}
+                yield Variant(_interleaved, copied, order, 4, 1, (target,), _options(overlap))
     for format in filter(lambda each: supports(each, STEP * 2), SHIPPED):
         codes = "*i32" if format.dense and format.bits == 4 else "*i8" if format.dense else "*u8"
         types = (
-            *("*bf16", "*bf16", codes, "*bf16", "*bf16", "*i32", "*fp32", "*i32"),
+            *(codes, "*bf16", "*bf16", "*i32", "*fp32", "*i32"),
             *(*["i32"] * 5, "fp32"),
         )
-        for targets, sizes in ((_HOPPER, (16, 32, 64, 128)), (_OTHERS, (16, 32, 64))):
+        for targets, sizes in ((_HOPPER, (8, 16, 32, 64, 128)), (_OTHERS, (16, 32, 64))):
             for tokens in sizes:
-                kernel, _, constants = _plan(format, tokens, targets is _HOPPER)
-                yield Variant(kernel, types, constants, WARPS, 1, targets)
+                hopper = targets is _HOPPER
+                kernel, _, constants, options = _plan(format, tokens, hopper, 8)
+                own = ["*bf16"] * (3 if hopper else 2)
+                yield Variant(kernel, (*own, *types), constants, WARPS, 1, targets, options)
 
 
 def _options(overlap: bool) -> dict[str, bool]:
@@ -94,37 +129,52 @@ def matmul(
     """
     _check(x, weight, out, residual, experts, gated)
     target = target_of(x.get_device())
-    overlap = target.capability >= 90
-    ordered = torch.empty_like(x)
+    hopper, overlap = target.capability == 90, target.capability >= 90
+    format, columns = weight.format, weight.columns
+    # Twice what an expert has on average: most then have room in one block.
+    stack = among or weight.experts or 1
+    usual = len(x) if experts is None else -(-2 * len(x) // stack)
+    kernel, each, constants, options = _plan(format, usual, hopper, 8 if experts is None else 16)
+    read = len(x) + each
+    ordered = torch.empty(
+        read * (columns + columns // format.group * 16), dtype=x.dtype, device=x.device
+    )
+    sums = ordered[read * columns :]
     _interleaved.launch(
         (-(-x.numel() // _BLOCK),),
-        *(ordered, x, x.numel()),
-        constants={"BLOCK": _BLOCK, "OVERLAP": overlap},
+        *(ordered, sums, x, x.numel(), columns, read),
+        constants={
+            **{"GROUP": format.group if hopper else 0, "WIDENING": constants.get("WIDENING", 0)},
+            **{"BLOCK": _BLOCK, "OVERLAP": overlap},
+        },
         warps=4,
         stages=1,
         options=_options(overlap),
     )
     partials, counters = workspace(x.device)
     if experts is None:
-        kernel, each, constants = _plan(weight.format, len(x), target.capability == 90)
         blocks, count = counters, -(-len(x) // each)
     else:
-        # Twice what an expert has on average: most then have room in one block.
-        stack = among or weight.experts or 1
-        usual = -(-2 * len(x) // stack)
-        kernel, each, constants = _plan(weight.format, usual, target.capability == 90)
         blocks = expert_blocks(experts, stack, each)
         count = len(blocks)
     chunks = weight.columns // weight.format.group
     splits = matmul_splits(x.device, weight.tiles, chunks, count, each)
     kernel.launch(
         (count, weight.tiles, splits),
-        *(out, ordered, weight.codes, weight.scales, out if residual is None else residual),
+        *(
+            out,
+            ordered,
+            *([sums] if hopper else []),
+            weight.codes,
+            weight.scales,
+            out if residual is None else residual,
+        ),
         *(blocks, partials, counters, len(x), weight.rows, weight.columns),
         *(epilogue_of(residual, gated), int(experts is not None), float(scale)),
         constants=constants,
         warps=WARPS,
         stages=1,
+        options=options,
     )
 
 
