@@ -66,7 +66,7 @@ def _persistent_plan(format: Format, tokens: int) -> tuple[int, dict[str, object
     constants = {
         **{"KEPT": format.kept, "BITS": format.bits, "GROUP": format.group, "TOKENS": block},
         **{"STAGES": 4, "SHIFTED": block > 128 and not format.dense},
-        **{"AHEAD": 3 if not format.dense else 1, "LATE": False, "OVERLAP": True},
+        **{"AHEAD": 3 if format.kept <= 6 else 1, "LATE": False, "OVERLAP": True},
         "WORDS": word_layout(format, WARPS_PERSISTENT, ROWS),
     }
     return block, constants
@@ -122,10 +122,9 @@ def matmul(
     """
     _check(x, weight, out, residual, experts, gated)
     target = target_of(x.get_device())
-    blocks = -(-len(x) // 256)
     # Results of two rows are stored as one word.
-    persistent = experts is None and weight.rows % 2 == 0 and blocks * weight.tiles <= COUNTERS
-    if persistent and len(x) > FEW and target.capability == 90:
+    fits = weight.rows % 2 == 0 and -(-len(x) // 256) * weight.tiles <= COUNTERS
+    if experts is None and len(x) > FEW and fits and target.capability == 90:
         _matmul_persistent(x, weight, out, residual, scale, gated)
         return
     overlap = target.capability >= 90

@@ -71,6 +71,15 @@ def _zeros(WIDTH: gl.constexpr):
 
 
 @gluon.jit
+def _queue(base, step, final, AHEAD: gl.constexpr, EACH: gl.constexpr, KEPT: gl.constexpr):
+    """The codes of the next steps, no further than the final one."""
+    queue = ()
+    for i in gl.static_range(AHEAD):
+        queue += (codes_of(base + gl.minimum(step + i, final) * EACH, KEPT),)
+    return queue
+
+
+@gluon.jit
 def tile_persistent(
     y,
     x,
@@ -126,9 +135,7 @@ def tile_persistent(
         ahead = gl.where(ahead + 1 == chunks * STEPS, 0, ahead + 1)
     final = last * STEPS - 1
     words = codes_of(base + first * STEPS * EACH, KEPT)
-    queue = ()
-    for step in gl.static_range(AHEAD):
-        queue += (codes_of(base + gl.minimum(first * STEPS + (step + 1), final) * EACH, KEPT),)
+    queue = _queue(base, first * STEPS + 1, final, AHEAD, EACH, KEPT)
     factor = gl.load(own + first * _TILE)
     later = gl.load(own + gl.minimum(first + 1, last - 1) * _TILE)
     left = operand_of(words, factor, KEPT, BITS, SHIFTED, WORDS, LEFT)
