@@ -67,7 +67,7 @@ def _persistent_plan(format: Format, tokens: int) -> tuple[int, dict[str, object
         **{"KEPT": format.kept, "BITS": format.bits, "GROUP": format.group, "TOKENS": block},
         **{"STAGES": 4, "SHIFTED": block > 128 and not format.dense},
         **{"AHEAD": 3 if format.kept <= 6 else 1, "OVERLAP": True},
-        **{"DEEP": format.group > 64, "LATE": format.group <= 64},
+        "DEEP": format.group > 64,
         "WORDS": word_layout(format, WARPS_PERSISTENT, ROWS),
     }
     return block, constants

@@ -105,7 +105,6 @@ def tile_persistent(
     SHIFTED: gl.constexpr,
     AHEAD: gl.constexpr,
     DEEP: gl.constexpr,
-    LATE: gl.constexpr,
     OVERLAP: gl.constexpr,
     WORDS: gl.constexpr,
 ):
@@ -174,11 +173,11 @@ def tile_persistent(
                         ),
                     )
                 following = later if step + 1 == STEPS else factor
-                if LATE:
+                if not DEEP:
                     next_left = operand_of(words, following, KEPT, BITS, SHIFTED, WORDS, LEFT)
                 waited = warpgroup_mma_wait(len(WIDTHS) if DEEP else 0, deps=running + (before,))
                 sums = waited[: len(WIDTHS)]
-                if not LATE:
+                if DEEP:
                     next_left = operand_of(words, following, KEPT, BITS, SHIFTED, WORDS, LEFT)
                 before = left
                 left = next_left
