@@ -107,6 +107,17 @@ def matmul_rule(processors: int, tiles: int, chunks: int, blocks: int, tokens: i
     return -(-chunks // -(-chunks // splits))
 
 
+def persistent_programs(
+    device: torch.device, tiles: int, chunks: int, blocks: int, tokens: int
+) -> int:
+    """Programs that share all tiles, for each of the `blocks` of `tokens` tokens: one a processor.
+
+    No more than there are scale groups, or than there is room for two partial tiles of each.
+    """
+    room = PARTIALS // (2 * 128 * tokens)
+    return max(1, min(min(_card(device)[1], room) // blocks, tiles * chunks))
+
+
 def tuned_entries() -> dict[str, dict[str, list[int]]]:
     """The whole table, by card and by key; for those who make it."""
     return dict(_table())

@@ -61,11 +61,11 @@ def _widening(magic: int, minus: int) -> str:
     )
 
 
-_WIDEN = gl.constexpr(_widening(0x43084308, 0xC308C308))
+WIDEN = gl.constexpr(_widening(0x43084308, 0xC308C308))
 """Of two's complement."""
-_WIDEN_BIASED = gl.constexpr(_widening(0x43004300, 0xC308C308))
+WIDEN_BIASED = gl.constexpr(_widening(0x43004300, 0xC308C308))
 """Of value + 8."""
-_WIDEN_REGISTERS = gl.constexpr(",".join(["=&r"] * 4 + ["r"] * 8))
+WIDEN_REGISTERS = gl.constexpr(",".join(["=&r"] * 4 + ["r"] * 8))
 
 
 def _tiny(magic: int) -> str:
@@ -163,13 +163,13 @@ def supports(format: Format, columns: int) -> bool:
     return integers and format.group % STEP == 0 and columns % STEP == 0
 
 
-def word_layout(format: Format, warps: int) -> gl.DistributedLinearLayout:
-    """Of the words of 64 columns: eight lanes with a word of four rows each, times four groups.
+def word_layout(format: Format, warps: int, rows: int = 4) -> gl.DistributedLinearLayout:
+    """Of the words of 64 columns: eight lanes with a word of `rows` rows, times four groups.
 
-    [8 warps, 4] for each slot of N:16 int4; [8 warps, 4, 2, 4 rows] of eight columns each for dense
+    [8 warps, 4] for each slot of N:16 int4; [8 warps, 4, 2, rows] of eight columns each for dense
     int4; [8 warps, 4, 16 columns] for dense int8.
     """
-    own = [] if not format.dense else [2, 4] if format.bits == 4 else [16]
+    own = [] if not format.dense else [2, rows] if format.bits == 4 else [16]
     none = [0] * len(own)
     registers = [
         [0, 0, *none[:axis], 1 << bit, *none[axis + 1 :]]
@@ -317,17 +317,17 @@ def widened(words, KEPT: gl.constexpr, BITS: gl.constexpr, WIDENING: gl.constexp
         wide = _bytes_of(words)
     else:
         if WIDENING == 2:
-            WIDEN: gl.constexpr = _TINY if KEPT < _SPAN else _TINY_BIASED
+            NIBBLES: gl.constexpr = _TINY if KEPT < _SPAN else _TINY_BIASED
         elif WIDENING == 1:
-            WIDEN: gl.constexpr = _PLAIN if KEPT < _SPAN else _PLAIN_BIASED
+            NIBBLES: gl.constexpr = _PLAIN if KEPT < _SPAN else _PLAIN_BIASED
         else:
-            WIDEN: gl.constexpr = _WIDEN if KEPT < _SPAN else _WIDEN_BIASED
+            NIBBLES: gl.constexpr = WIDEN if KEPT < _SPAN else WIDEN_BIASED
         eight = gl.reshape(words, [32, 4, 2, 2, 2])
         # Eight copies of each word in the same registers: what the assembler makes eight values of.
         eight = gl.join(eight, eight)
         eight = gl.join(eight, eight)
         eight = gl.join(eight, eight)
         wide = gl.inline_asm_elementwise(
-            WIDEN, _WIDEN_REGISTERS, [eight], dtype=gl.bfloat16, is_pure=True, pack=8
+            NIBBLES, WIDEN_REGISTERS, [eight], dtype=gl.bfloat16, is_pure=True, pack=8
         )
     return gl.reshape(wide, [4, 8, 4, 2, 2, 2, 2, 2, 2])

@@ -7,7 +7,8 @@ shared memory, in the interleaved order. Sums of a scale's columns are exact pro
 and bfloat16 in float32; then they are scaled. Bytes moved: the packed weight once for every 64 or
 128 tokens.
 
-Of a stack, each program has tokens of one expert (`grouping`).
+More than `FEW` tokens of a single weight are multiplied by `persistent` on Hopper, which decodes
+once for every 256. Of a stack, each program has tokens of one expert (`grouping`).
 """
 
 from collections.abc import Iterator
@@ -20,19 +21,26 @@ from ..errors import KernelInputError
 from ..formats import SHIPPED, Format, PackedWeight
 from ..launching.launch import Kernel, Variant
 from ..launching.targets import NVIDIA, target_of
-from ..tuning import matmul_splits
-from ..workspace import epilogue_of, workspace
+from ..tuning import matmul_splits, persistent_programs
+from ..workspace import COUNTERS, epilogue_of, workspace
 from .decode import STEP, interleave, supports, word_layout
 from .grouping import MOST_TOKENS, expert_blocks
 from .mma import tile_mma
+from .persistent import tile_persistent
+from .row_pairs import ROWS, arrange
 from .wgmma import tile_wgmma
 
 WARPS = 4
+WARPS_PERSISTENT = 8
+FEW = 128
+"""Tokens up to which `wgmma` is used on Hopper; above, `persistent`."""
 _MULTIPLES = ("columns",)
 _GRID = "blocks of TOKENS, tiles, splits"
 _interleaved = Kernel(interleave, grid="cdiv(count, BLOCK)", multiples_of_16=("count", "columns"))
 _mma = Kernel(tile_mma, grid=_GRID, multiples_of_16=_MULTIPLES)
 _wgmma = Kernel(tile_wgmma, grid=_GRID, multiples_of_16=_MULTIPLES)
+_arranged = Kernel(arrange, grid="blocks of TOKENS * columns / BLOCK", multiples_of_16=_MULTIPLES)
+_persistent = Kernel(tile_persistent, grid="blocks of TOKENS, programs", multiples_of_16=_MULTIPLES)
 _BLOCK = 1024
 _PHASES = {8: 768, 16: 512, 32: 384, 64: 384, 128: 128}
 WIDENING = 2
@@ -81,6 +89,20 @@ def _registers(format: Format, block: int) -> int:
     return 80 if format.kept <= 5 and wide else 104
 
 
+def _persistent_plan(format: Format, tokens: int) -> tuple[int, dict[str, object]]:
+    """How many tokens a program has, and the constants of `persistent`."""
+    blocks = -(-tokens // 256)
+    block = next(size for size in (128, 192, 256) if size * blocks >= tokens)
+    constants = {
+        **{"KEPT": format.kept, "BITS": format.bits, "GROUP": format.group, "TOKENS": block},
+        **{"STAGES": 4, "SHIFTED": block > 128 and not format.dense},
+        **{"AHEAD": 3 if format.kept <= 6 else 1, "OVERLAP": True},
+        "DEEP": format.group > 64,
+        "WORDS": word_layout(format, WARPS_PERSISTENT, ROWS),
+    }
+    return block, constants
+
+
 def variants() -> Iterator[Variant]:
     """What the bundle holds: the usual formats."""
     for target in NVIDIA:
@@ -91,6 +113,10 @@ def variants() -> Iterator[Variant]:
             for widening in {0, WIDENING} if hopper else (0,):
                 order = {"GROUP": group, "WIDENING": widening, "BLOCK": _BLOCK, "OVERLAP": overlap}
                 yield Variant(_interleaved, copied, order, 4, 1, (target,), _options(overlap))
+    for tokens, shifted in ((128, False), (192, False), (192, True), (256, False), (256, True)):
+        order = {"TOKENS": tokens, "SHIFTED": shifted, "BLOCK": _BLOCK, "OVERLAP": True}
+        copied = ("*bf16", "*bf16", "i32", "i32")
+        yield Variant(_arranged, copied, order, 4, 1, _HOPPER, _options(True))
     for format in filter(lambda each: supports(each, STEP * 2), SHIPPED):
         codes = "*i32" if format.dense and format.bits == 4 else "*i8" if format.dense else "*u8"
         types = (
@@ -103,6 +129,11 @@ def variants() -> Iterator[Variant]:
                 kernel, _, constants, options = _plan(format, tokens, hopper, 8)
                 own = ["*bf16"] * (3 if hopper else 2)
                 yield Variant(kernel, (*own, *types), constants, WARPS, 1, targets, options)
+        types = ("*bf16", "*bf16", codes, "*bf16", "*bf16", "*fp32", "*i32", *["i32"] * 5, "fp32")
+        for tokens in (128, 192, 256):
+            constants = _persistent_plan(format, tokens)[1]
+            warps, options = WARPS_PERSISTENT, _options(True)
+            yield Variant(_persistent, types, constants, warps, 1, _HOPPER, options)
 
 
 def _options(overlap: bool) -> dict[str, bool]:
@@ -129,6 +160,11 @@ def matmul(
     """
     _check(x, weight, out, residual, experts, gated)
     target = target_of(x.get_device())
+    # Results of two rows are stored as one word.
+    fits = weight.rows % 2 == 0 and -(-len(x) // 256) * weight.tiles <= COUNTERS
+    if experts is None and len(x) > FEW and fits and target.capability == 90:
+        _matmul_persistent(x, weight, out, residual, scale, gated)
+        return
     hopper, overlap = target.capability == 90, target.capability >= 90
     format, columns = weight.format, weight.columns
     # Twice what an expert has on average: most then have room in one block.
@@ -175,6 +211,41 @@ def matmul(
         warps=WARPS,
         stages=1,
         options=options,
+    )
+
+
+def _matmul_persistent(
+    x: Tensor,
+    weight: PackedWeight,
+    out: Tensor,
+    residual: Tensor | None,
+    scale: float,
+    gated: bool,
+) -> None:
+    """`matmul` by programs that share all tiles evenly."""
+    each, constants = _persistent_plan(weight.format, len(x))
+    blocks = -(-len(x) // each)
+    ordered = x.new_empty(blocks * each, weight.columns)
+    order = {"TOKENS": each, "SHIFTED": constants["SHIFTED"], "BLOCK": _BLOCK, "OVERLAP": True}
+    _arranged.launch(
+        (ordered.numel() // _BLOCK,),
+        *(ordered, x, len(x), weight.columns),
+        constants=order,
+        warps=4,
+        stages=1,
+        options=_options(True),
+    )
+    chunks = weight.columns // weight.format.group
+    programs = persistent_programs(x.device, weight.tiles, chunks, blocks, each)
+    _persistent.launch(
+        (blocks, programs),
+        *(out, ordered, weight.codes, weight.scales, out if residual is None else residual),
+        *(*workspace(x.device), len(x), weight.rows, weight.columns, weight.tiles),
+        *(epilogue_of(residual, gated), float(scale)),
+        constants=constants,
+        warps=WARPS_PERSISTENT,
+        stages=1,
+        options=_options(bool(constants["OVERLAP"])),
     )
 
 

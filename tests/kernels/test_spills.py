@@ -17,7 +17,10 @@ WHOLE = ("sm_90", "gfx1201")
 """Compiled for any number of tokens; the others for the most of them alone."""
 EXPECTED = {
     "sm_89": {"sparse_gemv", "token_pairs", "tile_mma", "dense_gemv", "interleave"},
-    "sm_90": {"sparse_gemv", "token_pairs", "tile_wgmma", "dense_gemv", "interleave"},
+    "sm_90": {
+        *{"sparse_gemv", "token_pairs", "tile_wgmma", "dense_gemv", "interleave"},
+        *{"tile_persistent", "arrange"},
+    },
     "gfx1100": {"sparse_gather", "dense_gemv"},
     "gfx1201": {"sparse_gather", "dense_gemv"},
 }
@@ -26,11 +29,11 @@ EXPECTED = {
 def is_hot(variant: Variant) -> bool:
     """Whether it multiplies by 5:16 or dense int4 with wide groups, or prepares for it."""
     kept, bits, group = (variant.constants.get(key) for key in ("KEPT", "BITS", "GROUP"))
-    if variant.kernel.name in ("token_pairs", "interleave"):
+    if variant.kernel.name in ("token_pairs", "interleave", "arrange"):
         return True
     if variant.kernel.name == "dense_gemv":
         return bits == 4
-    products = ("sparse_gemv", "sparse_gather", "tile_mma", "tile_wgmma")
+    products = ("sparse_gemv", "sparse_gather", "tile_mma", "tile_wgmma", "tile_persistent")
     return (
         variant.kernel.name in products and group == 128 and (kept == 5 or (kept, bits) == (16, 4))
     )
