@@ -8,10 +8,21 @@ the same order by `interleave`, once for all rows.
 
 N:16 int4: for each survivor, a byte of a word, a shuffle fetches 16^place of its position (lane p
 holds that of position p, for places 0 to 7 and 8 to 15 in two registers), and a multiply-add puts
-the value's nibble there. Of the eight nibbles of a word, those 16 bits apart make a pair of
-bfloat16 by one AND-XOR (128 + 8 + value) and one exact subtraction. About 11 instructions a
-survivor, 3.4 a weight at 5:16. Dense int4 comes with its nibbles in place, and dense int8 is
-converted by the processor's own instruction.
+the value's nibble there. Dense int4 comes with its nibbles in place, and dense int8 is converted by
+the processor's own instruction.
+
+Of the eight nibbles of a word, those 16 bits apart make a pair of bfloat16, in one of two ways. By
+one AND-XOR (128 + 8 + value) and one exact subtraction. Or as tiny numbers, by the AND-XOR alone:
+the lowest four bits of a bfloat16 by themselves are a subnormal number, (8 + value) 2^-133, and the
+four above them 16 times that. `interleave` multiplies the activations by what makes up for it, and
+gives their sums, in three bfloat16; times -8 they are added to a scale's columns. All of this is
+exact but the sums, to some 2^-24. So a program on Hopper with 16 tokens issues 10.8 instructions a
+survivor in all; with the subtractions and a barrier for every 64 columns it was 15.1.
+
+What tiny numbers give up: activations are multiplied by 2^80, so that those of 2^48 or more
+overflow. They make no number of their token's results, as infinite ones do in any case (an infinity
+times the zero of a column without a survivor); no model's activations come near. Those below 2^-73
+lose bits of their sums.
 """
 
 import triton
@@ -26,8 +37,9 @@ STEP = 64
 _SPAN = gl.constexpr(SPAN)
 _TIMES = gl.constexpr(2.0**80)
 """Of activations where weights are tiny, 2^-133 of what they stand for."""
-_LEAST_TIMES = gl.constexpr(2.0**-53)
-WIDENED_TIMES = gl.constexpr(2.0**53)
+_SUM_TIMES = gl.constexpr(2.0**-53)
+TINY_TIMES = gl.constexpr(2.0**53)
+"""What is still missing in sums of both."""
 
 
 # Of each byte j of $8: its value (two's complement) times the lane's places, added to $11 to $18.
@@ -69,7 +81,7 @@ WIDEN_REGISTERS = gl.constexpr(",".join(["=&r"] * 4 + ["r"] * 8))
 
 
 def _tiny(magic: int) -> str:
-    """Of the nibbles of $4, XOR `magic`: the tiny bfloat16 whose bits they are, times 16 at odd."""
+    """Pairs of tiny bfloat16 of the nibbles of $4, XOR `magic`; those at odd places times 16."""
     return (
         "{ .reg .b32 upper; shr.u32 upper, $4, 8;"
         + "".join(
@@ -86,22 +98,6 @@ _TINY = gl.constexpr(_tiny(0x80008))
 _TINY_BIASED = gl.constexpr(_tiny(0))
 
 
-def _plain(magic: int) -> str:
-    """As `_widening`, with the 136 still in."""
-    return (
-        "{ .reg .b32 part;"
-        + "".join(
-            f"shr.u32 part, $4, {4 * c}; lop3.b32 ${c}, part, 0x000F000F, {magic:#x}, 0x6A;"
-            for c in range(4)
-        )
-        + "}"
-    )
-
-
-_PLAIN = gl.constexpr(_plain(0x43084308))
-_PLAIN_BIASED = gl.constexpr(_plain(0x43004300))
-
-
 @triton.jit
 def interleave(
     out,
@@ -110,15 +106,16 @@ def interleave(
     count,
     columns,
     lines,
+    TOGETHER: tl.constexpr,
     GROUP: tl.constexpr,
-    WIDENING: tl.constexpr,
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Column 16t + 8h + 4i + 2e + f of each 64 of x to 32h + 16i + 8e + 2t + f.
 
-    With GROUP, the same 64 columns of all tokens come together: [K/64, lines, 64].
-    And the sum of each GROUP as three bfloat16 in the first of 16 columns of `sums`.
+    If TOGETHER, the same 64 columns of all tokens come together: [K/64, lines, 64]. With GROUP, as
+    tiny weights want them: times 2^80, a sixteenth of that where e is 1; and each GROUP's sum, as
+    three bfloat16, in the first of 16 columns: `sums` [K/GROUP, lines, 16].
     """
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
@@ -131,19 +128,12 @@ def interleave(
     eighth = column // 2 % 2
     to = 32 * (column // 8 % 2) + 16 * (column // 4 % 2) + 8 * eighth
     to += column // 16 * 2 + column % 2
-    wide = value.to(tl.float32)
-    if WIDENING == 2:
+    if GROUP:
+        wide = value.to(tl.float32)
         even = wide * _TIMES
         value = tl.where(eighth > 0, even * 0.0625, even).to(tl.bfloat16)
-        wide = wide * _LEAST_TIMES
-    if GROUP:
-        each = columns // 64
-        tl.store(out + (piece % each * lines + piece // each) * 64 + to, value, mask=fits)
-    else:
-        tl.store(out + piece * 64 + to, value, mask=fits)
-    if WIDENING > 0:
         GROUPS: tl.constexpr = BLOCK // GROUP
-        left = tl.sum(tl.reshape(wide, [GROUPS, GROUP]), 1)
+        left = tl.sum(tl.reshape(wide * _SUM_TIMES, [GROUPS, GROUP]), 1)
         group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)[:, None]
         part = tl.arange(0, 16)[None, :]
         high = left.to(tl.bfloat16)
@@ -155,6 +145,11 @@ def interleave(
         each_group = columns // GROUP
         place = group % each_group * lines + group // each_group
         tl.store(sums + place * 16 + part, parts.to(tl.bfloat16), mask=group * GROUP < count)
+    if TOGETHER:
+        each = columns // 64
+        tl.store(out + (piece % each * lines + piece // each) * 64 + to, value, mask=fits)
+    else:
+        tl.store(out + piece * 64 + to, value, mask=fits)
 
 
 def supports(format: Format, columns: int) -> bool:
@@ -310,18 +305,15 @@ def _bytes_of(word):
 
 
 @gluon.jit
-def widened(words, KEPT: gl.constexpr, BITS: gl.constexpr, WIDENING: gl.constexpr = 0):
+def widened(words, KEPT: gl.constexpr, BITS: gl.constexpr, TINY: gl.constexpr = False):
     """bfloat16 [warp 4, lane 8, group 4, half 2, row 2, row 2, 2, 2, 2] of what `placed` gave; the
     rows' higher bit comes first, and the last three are i, e and f of `interleave`."""
     if BITS == 8:
         wide = _bytes_of(words)
     else:
-        if WIDENING == 2:
-            NIBBLES: gl.constexpr = _TINY if KEPT < _SPAN else _TINY_BIASED
-        elif WIDENING == 1:
-            NIBBLES: gl.constexpr = _PLAIN if KEPT < _SPAN else _PLAIN_BIASED
-        else:
-            NIBBLES: gl.constexpr = WIDEN if KEPT < _SPAN else WIDEN_BIASED
+        NORMAL: gl.constexpr = WIDEN if KEPT < _SPAN else WIDEN_BIASED
+        SUBNORMAL: gl.constexpr = _TINY if KEPT < _SPAN else _TINY_BIASED
+        NIBBLES: gl.constexpr = SUBNORMAL if TINY else NORMAL
         eight = gl.reshape(words, [32, 4, 2, 2, 2])
         # Eight copies of each word in the same registers: what the assembler makes eight values of.
         eight = gl.join(eight, eight)

@@ -1,17 +1,20 @@
 """Five to some hundred tokens times a packed weight on NVIDIA's tensor cores.
 
 y[m, r] = sum of x[m, k] * code * scale, with each weight decoded once for all tokens of a program
-(`decode` tells how) and never written anywhere. A program has a tile of 128 rows, up to 128 tokens
-and every `splits`-th group of columns; four warps have 32 rows each. Its activations pass through
+(`decode` tells how) and never written anywhere. A program has a tile of 128 rows, up to 64 tokens
+and a share of the groups of columns; four warps have 32 rows each. Its activations pass through
 shared memory, in the interleaved order. Sums of a scale's columns are exact products of integers
-and bfloat16 in float32; then they are scaled. Bytes moved: the packed weight once for every 64 or
-128 tokens.
+and bfloat16 in float32; then they are scaled. Bytes moved: the packed weight once for every 64
+tokens.
 
 More than `FEW` tokens of a single weight are multiplied by `persistent` on Hopper, which decodes
-once for every 256. Of a stack, each program has tokens of one expert (`grouping`).
+once for every 256. Of a stack, each program has tokens of one expert (`grouping`), on Hopper up to
+128.
 """
 
 from collections.abc import Iterator
+from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +23,7 @@ from ..checks import misfit
 from ..errors import KernelInputError
 from ..formats import SHIPPED, Format, PackedWeight
 from ..launching.launch import Kernel, Variant
-from ..launching.targets import NVIDIA, target_of
+from ..launching.targets import KIB, NVIDIA, target_of
 from ..tuning import matmul_splits, persistent_programs
 from ..workspace import COUNTERS, epilogue_of, workspace
 from .decode import STEP, interleave, supports, word_layout
@@ -28,12 +31,12 @@ from .grouping import MOST_TOKENS, expert_blocks
 from .mma import tile_mma
 from .persistent import tile_persistent
 from .row_pairs import ROWS, arrange
-from .wgmma import tile_wgmma
+from .wgmma import has_tiny, tile_wgmma
 
 WARPS = 4
 WARPS_PERSISTENT = 8
-FEW = 128
-"""Tokens up to which `wgmma` is used on Hopper; above, `persistent`."""
+FEW = 64
+"""Tokens up to which `wgmma` multiplies a single weight on Hopper; above, `persistent` does."""
 _MULTIPLES = ("columns",)
 _GRID = "blocks of TOKENS, tiles, splits"
 _interleaved = Kernel(interleave, grid="cdiv(count, BLOCK)", multiples_of_16=("count", "columns"))
@@ -42,16 +45,28 @@ _wgmma = Kernel(tile_wgmma, grid=_GRID, multiples_of_16=_MULTIPLES)
 _arranged = Kernel(arrange, grid="blocks of TOKENS * columns / BLOCK", multiples_of_16=_MULTIPLES)
 _persistent = Kernel(tile_persistent, grid="blocks of TOKENS, programs", multiples_of_16=_MULTIPLES)
 _BLOCK = 1024
-_PHASES = {8: 768, 16: 512, 32: 384, 64: 384, 128: 128}
-WIDENING = 2
+_PHASES = {8: 768, 16: 768, 32: 384, 64: 384, 128: 128}
+"""Columns whose activations `wgmma` copies at once, at most, by tokens of a program."""
+_PROGRAMS_EACH = {16: 4, 32: 3, 64: 2}
+"""Of `mma` that fit a processor, by tokens of a program."""
 _HOPPER = tuple(target for target in NVIDIA if target.capability == 90)
 _OTHERS = tuple(target for target in NVIDIA if target.capability != 90)
 
 
-def _plan(
-    format: Format, tokens: int, hopper: bool, least: int = 16
-) -> tuple[Kernel, int, dict[str, object], dict[str, int]]:
-    """The kernel for so many tokens, how many of them a program has, its constants and options."""
+class Plan(NamedTuple):
+    """How some tokens are multiplied."""
+
+    kernel: Kernel
+    block: int
+    """Tokens of a program."""
+    each: int
+    """Programs that a processor is to have at a time."""
+    constants: dict[str, object]
+    options: dict[str, int]
+
+
+def _plan(format: Format, tokens: int, hopper: bool, least: int = 16) -> Plan:
+    """For so many tokens of one weight or expert."""
     most = 128 if hopper else 64
     block = max(least if hopper else 16, min(most, 1 << (tokens - 1).bit_length()))
     constants = {
@@ -59,34 +74,29 @@ def _plan(
         "WORDS": word_layout(format, WARPS),
     }
     if not hopper:
-        return _mma, block, constants, {}
-    fold = block > 64
-    constants |= {
-        **{
-            "PHASE": _PHASES[block] // format.group,
-            "AHEAD": 1,
-            "FETCH": 0,
-            "EARLY": block > 16,
-            "FOLD": fold,
-        },
-        **{"OVERLAP": 2, "WIDENING": 0 if fold or format.bits == 8 else WIDENING},
-    }
-    return _wgmma, block, constants, {"launch_pdl": True, "maxnreg": _registers(format, block)}
+        return Plan(_mma, block, _PROGRAMS_EACH[block], constants, {})
+    # Which way to load early is faster differs (docs/log.md).
+    ahead = 2 if block in (8, 64) and not format.dense else 1
+    registers = _registers(format, block)
+    each = 1 if block > 64 else 65536 // (WARPS * 32 * registers)
+    # Of a group, activations and sums; there are two places for a phase.
+    room = (228 * KIB // each - KIB) // (2 * block * (2 * format.group + 32))
+    constants |= {"PHASE": min(_PHASES[block] // format.group, room), "AHEAD": ahead}
+    return Plan(_wgmma, block, each, constants, {"launch_pdl": True, "maxnreg": registers})
 
 
 def _registers(format: Format, block: int) -> int:
-    """Of a thread at most: what nothing is spilled with.
+    """Of a thread of `wgmma` at most: what nothing is spilled with.
 
-    With 80, 96, 128 and 168 six, five, four and three programs fit a processor.
+    With 96, 128 and 168 five, four and three programs fit a processor.
     """
     if block > 32 or (format.bits == 8 and block == 32):
         return 255
     if block == 32 or format.bits == 8:
         return 168
-    wide = format.group == 128
     if block == 16:
-        return 96 if format.kept <= 6 and wide else 128
-    return 80 if format.kept <= 5 and wide else 104
+        return 128
+    return 96 if format.kept <= 5 and format.group == 128 else 104
 
 
 def _persistent_plan(format: Format, tokens: int) -> tuple[int, dict[str, object]]:
@@ -95,9 +105,7 @@ def _persistent_plan(format: Format, tokens: int) -> tuple[int, dict[str, object
     block = next(size for size in (128, 192, 256) if size * blocks >= tokens)
     constants = {
         **{"KEPT": format.kept, "BITS": format.bits, "GROUP": format.group, "TOKENS": block},
-        **{"STAGES": 4, "SHIFTED": block > 128 and not format.dense},
-        **{"AHEAD": 3 if format.kept <= 6 else 1, "OVERLAP": True},
-        "DEEP": format.group > 64,
+        "AHEAD": 3 if format.kept <= 6 else 1,
         "WORDS": word_layout(format, WARPS_PERSISTENT, ROWS),
     }
     return block, constants
@@ -106,34 +114,30 @@ def _persistent_plan(format: Format, tokens: int) -> tuple[int, dict[str, object
 def variants() -> Iterator[Variant]:
     """What the bundle holds: the usual formats."""
     for target in NVIDIA:
-        overlap = target.capability >= 90
-        hopper = target.capability == 90
+        overlap, hopper = target.capability >= 90, target.capability == 90
         copied = ("*bf16", "*bf16", "*bf16", "i32", "i32", "i32")
-        for group in (64, 128) if hopper else (0,):
-            for widening in {0, WIDENING} if hopper else (0,):
-                order = {"GROUP": group, "WIDENING": widening, "BLOCK": _BLOCK, "OVERLAP": overlap}
-                yield Variant(_interleaved, copied, order, 4, 1, (target,), _options(overlap))
-    for tokens, shifted in ((128, False), (192, False), (192, True), (256, False), (256, True)):
-        order = {"TOKENS": tokens, "SHIFTED": shifted, "BLOCK": _BLOCK, "OVERLAP": True}
-        copied = ("*bf16", "*bf16", "i32", "i32")
-        yield Variant(_arranged, copied, order, 4, 1, _HOPPER, _options(True))
+        for group in (0, 64, 128) if hopper else (0,):
+            order = {"TOGETHER": hopper, "GROUP": group, "BLOCK": _BLOCK, "OVERLAP": overlap}
+            yield Variant(_interleaved, copied, order, 4, 1, (target,), _options(overlap))
+    for tokens, sparse in product((128, 192, 256), (False, True)):
+        order = {"TOKENS": tokens, "SPARSE": sparse, "BLOCK": _BLOCK, "OVERLAP": True}
+        yield Variant(
+            _arranged, ("*bf16", "*bf16", "i32", "i32"), order, 4, 1, _HOPPER, _options(True)
+        )
     for format in filter(lambda each: supports(each, STEP * 2), SHIPPED):
         codes = "*i32" if format.dense and format.bits == 4 else "*i8" if format.dense else "*u8"
-        types = (
-            *(codes, "*bf16", "*bf16", "*i32", "*fp32", "*i32"),
-            *(*["i32"] * 5, "fp32"),
-        )
+        weight = (codes, "*bf16", "*bf16")
+        types = (*weight, "*i32", "*fp32", "*i32", *["i32"] * 5, "fp32")
         for targets, sizes in ((_HOPPER, (8, 16, 32, 64, 128)), (_OTHERS, (16, 32, 64))):
             for tokens in sizes:
                 hopper = targets is _HOPPER
-                kernel, _, constants, options = _plan(format, tokens, hopper, 8)
-                own = ["*bf16"] * (3 if hopper else 2)
-                yield Variant(kernel, (*own, *types), constants, WARPS, 1, targets, options)
-        types = ("*bf16", "*bf16", codes, "*bf16", "*bf16", "*fp32", "*i32", *["i32"] * 5, "fp32")
+                plan = _plan(format, tokens, hopper, 8)
+                own = (*["*bf16"] * (3 if hopper else 2), *types)
+                yield Variant(plan.kernel, own, plan.constants, WARPS, 1, targets, plan.options)
+        types = ("*bf16", "*bf16", *weight, "*fp32", "*i32", *["i32"] * 5, "fp32")
         for tokens in (128, 192, 256):
-            constants = _persistent_plan(format, tokens)[1]
-            warps, options = WARPS_PERSISTENT, _options(True)
-            yield Variant(_persistent, types, constants, warps, 1, _HOPPER, options)
+            constants, options = _persistent_plan(format, tokens)[1], _options(True)
+            yield Variant(_persistent, types, constants, WARPS_PERSISTENT, 1, _HOPPER, options)
 
 
 def _options(overlap: bool) -> dict[str, bool]:
@@ -160,27 +164,28 @@ def matmul(
     """
     _check(x, weight, out, residual, experts, gated)
     target = target_of(x.get_device())
+    hopper, overlap = target.capability == 90, target.capability >= 90
     # Results of two rows are stored as one word.
     fits = weight.rows % 2 == 0 and -(-len(x) // 256) * weight.tiles <= COUNTERS
-    if experts is None and len(x) > FEW and fits and target.capability == 90:
+    if hopper and experts is None and len(x) > FEW and fits:
         _matmul_persistent(x, weight, out, residual, scale, gated)
         return
-    hopper, overlap = target.capability == 90, target.capability >= 90
     format, columns = weight.format, weight.columns
     # Twice what an expert has on average: most then have room in one block.
     stack = among or weight.experts or 1
     usual = len(x) if experts is None else -(-2 * len(x) // stack)
-    kernel, each, constants, options = _plan(format, usual, hopper, 8 if experts is None else 16)
-    read = len(x) + each
-    ordered = torch.empty(
-        read * (columns + columns // format.group * 16), dtype=x.dtype, device=x.device
-    )
-    sums = ordered[read * columns :]
+    plan = _plan(format, usual, hopper, 8 if experts is None else 16)
+    # Whole blocks are read.
+    lines = len(x) + plan.block
+    chunks = columns // format.group
+    ordered = x.new_empty(lines * (columns + chunks * 16))
+    sums = ordered[lines * columns :]
+    tiny = hopper and has_tiny(format.bits, plan.block)
     _interleaved.launch(
         (-(-x.numel() // _BLOCK),),
-        *(ordered, sums, x, x.numel(), columns, read),
+        *(ordered, sums, x, x.numel(), columns, lines),
         constants={
-            **{"GROUP": format.group if hopper else 0, "WIDENING": constants.get("WIDENING", 0)},
+            **{"TOGETHER": hopper, "GROUP": format.group if tiny else 0},
             **{"BLOCK": _BLOCK, "OVERLAP": overlap},
         },
         warps=4,
@@ -189,28 +194,21 @@ def matmul(
     )
     partials, counters = workspace(x.device)
     if experts is None:
-        blocks, count = counters, -(-len(x) // each)
+        blocks, count = counters, -(-len(x) // plan.block)
     else:
-        blocks = expert_blocks(experts, stack, each)
+        blocks = expert_blocks(experts, stack, plan.block)
         count = len(blocks)
-    chunks = weight.columns // weight.format.group
-    splits = matmul_splits(x.device, weight.tiles, chunks, count, each)
-    kernel.launch(
+    splits = matmul_splits(x.device, weight.tiles, chunks, count, plan.block, plan.each)
+    plan.kernel.launch(
         (count, weight.tiles, splits),
-        *(
-            out,
-            ordered,
-            *([sums] if hopper else []),
-            weight.codes,
-            weight.scales,
-            out if residual is None else residual,
-        ),
-        *(blocks, partials, counters, len(x), weight.rows, weight.columns),
+        *(out, ordered, *([sums] if hopper else []), weight.codes, weight.scales),
+        *(out if residual is None else residual, blocks, partials, counters),
+        *(len(x), weight.rows, columns),
         *(epilogue_of(residual, gated), int(experts is not None), float(scale)),
-        constants=constants,
+        constants=plan.constants,
         warps=WARPS,
         stages=1,
-        options=options,
+        options=plan.options,
     )
 
 
@@ -226,7 +224,7 @@ def _matmul_persistent(
     each, constants = _persistent_plan(weight.format, len(x))
     blocks = -(-len(x) // each)
     ordered = x.new_empty(blocks * each, weight.columns)
-    order = {"TOKENS": each, "SHIFTED": constants["SHIFTED"], "BLOCK": _BLOCK, "OVERLAP": True}
+    order = {"TOKENS": each, "SPARSE": not weight.format.dense, "BLOCK": _BLOCK, "OVERLAP": True}
     _arranged.launch(
         (ordered.numel() // _BLOCK,),
         *(ordered, x, len(x), weight.columns),
@@ -245,7 +243,7 @@ def _matmul_persistent(
         constants=constants,
         warps=WARPS_PERSISTENT,
         stages=1,
-        options=_options(bool(constants["OVERLAP"])),
+        options=_options(True),
     )
 
 

@@ -1,11 +1,11 @@
 """Packed weights made dense in registers by eight warps, of which a lane has two rows.
 
 As `decode`, where four warps have four rows a lane: then sums of 256 tokens would not fit. Of a
-word of four rows only half is loaded. N:16 int4 can be put in place by shuffles, as there, or by
-shifts: a survivor's value is shifted to the nibble of its position within 64 bits. Shuffles pass
-through the shared memory's pipe, which wgmma needs for the activations; shifts take a third more of
-the integer units' time. By shifts nibble j is column j of a half, so that activations come in
-another order: `arrange` knows both.
+word of four rows only half is loaded. A survivor of N:16 int4 is put in place by a shift: its value
+goes to the nibble of its position within 64 bits. (Shuffles, as in `decode`, pass through shared
+memory's pipe, which wgmma needs for the activations; shifts take a third more of the integer units'
+time, and are faster.) So nibble j of a sparse weight is column j of a half, and its activations
+come in another order than a dense one's: `arrange` knows both.
 """
 
 import triton
@@ -20,22 +20,6 @@ ROWS = 2
 """Of a lane."""
 _SPAN = gl.constexpr(SPAN)
 
-# As `decode._PLACE`, of the two bytes of $4: times the places $5 and $6, added to $7 to $10.
-_PLACE = gl.constexpr(
-    "{ .reg .b32 values, byte, value, place; and.b32 values, $4, 0xF0F0;"
-    "shr.u32 values, values, 4;"
-    + "".join(
-        f"shr.u32 byte, $4, {8 * j}; prmt.b32 value, values, 0, 0x444{j};"
-        f"shfl.sync.idx.b32 place, $5, byte, 31, -1;"
-        f"mad.lo.u32 ${2 * j}, value, place, ${7 + 2 * j};"
-        f"shfl.sync.idx.b32 place, $6, byte, 31, -1;"
-        f"mad.lo.u32 ${2 * j + 1}, value, place, ${8 + 2 * j};"
-        for j in range(2)
-    )
-    + "}"
-)
-_PLACE_REGISTERS = gl.constexpr(",".join(["=&r"] * 4 + ["r"] * 7))
-
 
 @triton.jit
 def arrange(
@@ -44,13 +28,13 @@ def arrange(
     tokens,
     columns,
     TOKENS: tl.constexpr,
-    SHIFTED: tl.constexpr,
+    SPARSE: tl.constexpr,
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """x [tokens, columns] to [blocks, columns / 64, TOKENS, 64], zeros for tokens there are not.
 
-    Column 16t + 8h + 4i + 2e + f of each 64 goes to 32h + 16i + 8e + 2t + f; if SHIFTED that is
+    Column 16t + 8h + 4i + 2e + f of each 64 goes to 32h + 16i + 8e + 2t + f; if SPARSE that is
     column 16t + 8h + 4f + 2i + e. So what a program needs of 64 columns lies together.
     """
     if OVERLAP:
@@ -61,7 +45,7 @@ def arrange(
     step = line // TOKENS
     token = step // (columns // 64) * TOKENS + line % TOKENS
     half, i, e, group, f = to // 32 % 2, to // 16 % 2, to // 8 % 2, to // 2 % 4, to % 2
-    own = 4 * f + 2 * i + e if SHIFTED else 4 * i + 2 * e + f
+    own = 4 * f + 2 * i + e if SPARSE else 4 * i + 2 * e + f
     column = step % (columns // 64) * 64 + 16 * group + 8 * half + own
     value = tl.load(x + token * columns + column, mask=token < tokens, other=0.0)
     tl.store(out + to, value)
@@ -118,34 +102,7 @@ def row_of(r):
 
 
 @gluon.jit
-def places(WORDS: gl.constexpr):
-    """(16^place of positions 0 to 7, of 8 to 15), int32 [64, 4], as the lanes hold them."""
-    word = gl.arange(0, 64, layout=gl.SliceLayout(1, WORDS))
-    group = gl.arange(0, 4, layout=gl.SliceLayout(0, WORDS))
-    position = group[None, :] + 4 * (word % 4)[:, None]
-    place = 1 << (4 * ((position & 7) // 2 + 4 * (position & 1)))
-    return gl.where(position < 8, place, 0), gl.where(position >= 8, place, 0)
-
-
-@gluon.jit
-def _by_shuffles(codes, KEPT: gl.constexpr, WORDS: gl.constexpr):
-    low_place, high_place = places(WORDS)
-    low0 = gl.zeros_like(low_place)
-    high0, low1, high1 = low0, low0, low0
-    for slot in gl.static_range(KEPT):
-        low0, high0, low1, high1 = gl.inline_asm_elementwise(
-            _PLACE,
-            _PLACE_REGISTERS,
-            [codes[slot], low_place, high_place, low0, high0, low1, high1],
-            dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
-            is_pure=True,
-            pack=1,
-        )
-    return gl.join(gl.join(low0, high0), gl.join(low1, high1))
-
-
-@gluon.jit
-def _by_shifts(codes, KEPT: gl.constexpr):
+def _scattered(codes, KEPT: gl.constexpr):
     row0 = gl.zeros_like(codes[0]).to(gl.uint64)
     row1 = row0
     for slot in gl.static_range(KEPT):
@@ -167,15 +124,7 @@ def _bytes_of(codes):
 
 
 @gluon.jit
-def operand_of(
-    codes,
-    factor,
-    KEPT: gl.constexpr,
-    BITS: gl.constexpr,
-    SHIFTED: gl.constexpr,
-    WORDS: gl.constexpr,
-    LEFT: gl.constexpr,
-):
+def operand_of(codes, factor, KEPT: gl.constexpr, BITS: gl.constexpr, LEFT: gl.constexpr):
     """bfloat16 [128, 64] as wgmma's left operand, times the rows' scales.
 
     Row 16w + 8b + l of it is row 16w + 2l + b of the tile.
@@ -186,10 +135,8 @@ def operand_of(
         NIBBLES: gl.constexpr = WIDEN if KEPT < _SPAN else WIDEN_BIASED
         if KEPT == _SPAN:
             eight = codes[0]
-        elif SHIFTED:
-            eight = _by_shifts(codes, KEPT)
         else:
-            eight = _by_shuffles(codes, KEPT, WORDS)
+            eight = _scattered(codes, KEPT)
         # Eight copies of each word in the same registers: what the assembler makes eight values of.
         eight = gl.join(eight, eight)
         eight = gl.join(eight, eight)

@@ -1,9 +1,14 @@
 """Products of some tokens and a packed weight by `wgmma`, on Hopper.
 
-The weight is the left operand, in registers, and the next columns are decoded while the tensor
-cores work. At more than 64 tokens there is no room for a second sum, so that the scale is
-multiplied into the bfloat16 weight (FOLD), which costs one more rounding: relative error 2.2e-3
-against 1.7e-3.
+The weight is the left operand, in registers. Activations of some groups of columns (PHASE) are
+copied into shared memory at once, into one of two places in turn, so that there is a barrier for
+each phase alone; the loop over its columns has none. Words are loaded two steps of 64 columns ahead
+of their use (AHEAD is 2), or one, and the groups after are brought into the L2 cache.
+
+Weights of four bits are tiny numbers (`decode`), and a product of each group takes their bias away.
+Several programs fit a processor: while one decodes another multiplies. At more than 64 tokens there
+is no room for a second sum, so that the scale is multiplied into the bfloat16 weight (FOLD), which
+costs one more rounding: relative error 2.2e-3 against 1.7e-3.
 """
 
 import triton.language as tl
@@ -16,12 +21,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..formats import TILE
+from ..formats import SPAN, TILE
 from ..workspace import barrier, meet_distributed
-from .decode import WIDENED_TIMES, placed, places, widened, words_a_column, words_at, words_of
+from .decode import TINY_TIMES, placed, places, widened, words_a_column, words_at, words_of
 from .grouping import share_of
 
 _TILE = gl.constexpr(TILE)
+_SPAN = gl.constexpr(SPAN)
+_FETCHED = gl.constexpr(2)
+"""Groups of columns brought into the L2 cache before they are loaded."""
 
 
 # The float32 of four bfloat16.
@@ -30,6 +38,12 @@ _FOUR = gl.constexpr(
     "shl.b32 $0, low, 16; and.b32 $1, low, 0xFFFF0000;"
     "shl.b32 $2, high, 16; and.b32 $3, high, 0xFFFF0000; }"
 )
+
+
+@gluon.constexpr_function
+def has_tiny(bits, tokens):
+    """Whether a program with so many tokens makes tiny numbers of such a weight."""
+    return bits == 4 and tokens <= 64
 
 
 @gluon.jit
@@ -56,11 +70,11 @@ def _decoded(
     KEPT: gl.constexpr,
     BITS: gl.constexpr,
     FOLD: gl.constexpr,
-    WIDENING: gl.constexpr,
+    TINY: gl.constexpr,
     LEFT: gl.constexpr,
 ):
     """bfloat16 [128, 64] of the weight as wgmma's left operand; times the rows' scales if FOLD."""
-    wide = widened(nibbles, KEPT, BITS, WIDENING)
+    wide = widened(nibbles, KEPT, BITS, TINY)
     # From warp, lane, group, half, row, row, i, e, f: row, warp, row, lane by the others.
     wide = gl.permute(wide, [4, 0, 5, 1, 3, 6, 7, 2, 8])
     left = gl.convert_layout(gl.reshape(wide, [_TILE, 64]), LEFT, assert_trivial=True)
@@ -118,7 +132,7 @@ def _phase(
     stop,
     last,
     base,
-    near,
+    origin,
     thread,
     own,
     low_place,
@@ -127,42 +141,38 @@ def _phase(
     KEPT: gl.constexpr,
     BITS: gl.constexpr,
     GROUP: gl.constexpr,
+    TOKENS: gl.constexpr,
     AHEAD: gl.constexpr,
-    FETCH: gl.constexpr,
-    EARLY: gl.constexpr,
-    FOLD: gl.constexpr,
-    WIDENING: gl.constexpr,
     MMA: gl.constexpr,
 ):
     """Multiplies the groups of columns `first` to `stop`, whose activations are in `tiles`."""
     STEPS: gl.constexpr = GROUP // 64
     EACH: gl.constexpr = words_a_column(KEPT, BITS)
+    FOLD: gl.constexpr = TOKENS > 64
+    TINY: gl.constexpr = has_tiny(BITS, TOKENS)
     LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     total, part, nibbles, factor, queue = state
     for chunk in range(first, stop):
         now = factor
         factor = gl.load(own + gl.minimum(chunk + 1, last - 1) * (_TILE if FOLD else 32))
-        if FETCH > 0:
-            behind = gl.maximum(chunk + FETCH + 1 - last, 0)
-            fetch = near + (chunk + FETCH) * (GROUP * EACH)
+        if AHEAD == 1:
+            behind = gl.maximum(chunk + _FETCHED + 1 - last, 0)
+            fetch = origin + (chunk + _FETCHED) * (GROUP * EACH)
             _prefetch(fetch, thread + behind, GROUP * EACH * 4)
         for step in gl.static_range(STEPS):
-            left = _decoded(nibbles, now, KEPT, BITS, FOLD, WIDENING, LEFT)
+            left = _decoded(nibbles, now, KEPT, BITS, FOLD, TINY, LEFT)
             tile = tiles.index((chunk - first) * STEPS + step).permute((1, 0))
             running = warpgroup_mma(left, tile, part, use_acc=FOLD or step > 0, is_async=True)
-            if step == 0 and corrections is not None:
+            if step == 0 and TINY:
                 correction = corrections.index(chunk - first).permute((1, 0))
                 running = warpgroup_mma(constant, correction, running, is_async=True)
             words = queue[0]
             ahead = gl.minimum(chunk + (step + 1 + AHEAD) // STEPS, last - 1)
             place = base + ahead * (GROUP * EACH) + (step + 1 + AHEAD) % STEPS * (64 * EACH)
             fetched = words_of(place, None, KEPT)
-            if AHEAD == 2:
-                queue = (queue[1], fetched)
-            else:
-                queue = (fetched,)
+            queue = queue[1:] + (fetched,)
             nibbles = placed(words, low_place, high_place, KEPT)
-            if EARLY and KEPT < 16 and step + 1 == STEPS:
+            if KEPT < _SPAN and TOKENS > 16 and step + 1 == STEPS:
                 # So that the compiler leaves the decoding before the wait.
                 gl.inline_asm_elementwise(
                     "bar.warp.sync -1; mov.b32 $0, 0;",
@@ -218,13 +228,10 @@ def tile_wgmma(
     TOKENS: gl.constexpr,
     PHASE: gl.constexpr,
     AHEAD: gl.constexpr,
-    FETCH: gl.constexpr,
-    EARLY: gl.constexpr,
-    FOLD: gl.constexpr,
-    WIDENING: gl.constexpr,
-    OVERLAP: gl.constexpr,
     WORDS: gl.constexpr,
 ):
+    FOLD: gl.constexpr = TOKENS > 64
+    TINY: gl.constexpr = has_tiny(BITS, TOKENS)
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TOKENS, 16]
     )
@@ -244,11 +251,9 @@ def tile_wgmma(
     )
     EACH: gl.constexpr = words_a_column(KEPT, BITS)
     STEPS: gl.constexpr = GROUP // 64
-    if OVERLAP > 1:
-        tl.extra.cuda.gdc_launch_dependents()
-    if OVERLAP > 0:
-        if grouped > 0:
-            tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+    if grouped > 0:
+        tl.extra.cuda.gdc_wait()
     expert, start, stop = share_of(blocks, tokens, grouped, TOKENS)
     tile = (expert * gl.num_programs(1) + gl.program_id(1)).to(gl.int64)
     chunks = columns // GROUP
@@ -270,25 +275,25 @@ def tile_wgmma(
     words = words_of(base + near * (GROUP * EACH), None, KEPT)
     queue = ()
     for step in gl.static_range(1, AHEAD + 1):
-        ahead = gl.minimum(near + step // STEPS, gl.maximum(last, 1) - 1)
+        ahead = gl.minimum(near + step // STEPS, chunks - 1)
         place = base + ahead * (GROUP * EACH) + step % STEPS * (64 * EACH)
         queue = queue + (words_of(place, None, KEPT),)
     factor = gl.load(own + near * (_TILE if FOLD else 32))
     thread = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
     origin = codes.to(gl.pointer_type(gl.int32), bitcast=True) + tile * (columns * EACH)
-    if FETCH > 0:
+    if AHEAD == 1:
         count = gl.maximum(last - first, 0)
         none = gl.where(count > 0, 0, 1)
         _prefetch(scales + (tile * chunks + near) * _TILE, thread + none, count * (_TILE * 2))
-        fetched = gl.minimum(count, FETCH) * (GROUP * EACH * 4)
+        fetched = gl.minimum(count, _FETCHED) * (GROUP * EACH * 4)
         _prefetch(origin + near * (GROUP * EACH), thread + none, fetched)
-    if OVERLAP > 0:
-        tl.extra.cuda.gdc_wait()
+    # The weight was there before; activations and sums are what the kernel before this one writes.
+    tl.extra.cuda.gdc_wait()
     tiles = gl.allocate_shared_memory(gl.bfloat16, [PHASE * STEPS, TOKENS, 64], SHARED)
     other_tiles = gl.allocate_shared_memory(gl.bfloat16, [PHASE * STEPS, TOKENS, 64], SHARED)
     corrections: gl.constexpr = None
     other_corrections: gl.constexpr = None
-    if WIDENING > 0:
+    if TINY:
         corrections = gl.allocate_shared_memory(gl.bfloat16, [PHASE, TOKENS, 16], SHARED_SUMS)
         other_corrections = gl.allocate_shared_memory(gl.bfloat16, [PHASE, TOKENS, 16], SHARED_SUMS)
     token = start + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, WIDE))
@@ -298,8 +303,8 @@ def tile_wgmma(
     own_sums = sums + token[:, None] * 16 + column[None, :]
     # Whole blocks of tokens are read, whatever is behind the last one.
     lines = tokens + TOKENS
-    # Zero less the bias, of a weight that is no survivor.
-    constant = gl.full([_TILE, 16], -8.0 if WIDENING == 2 else -136.0, gl.bfloat16, LEFT)
+    # What a nibble is too large by.
+    constant = gl.full([_TILE, 16], -8.0, gl.bfloat16, LEFT)
     _copy(tiles, corrections, held, own_sums, lines, first, last, PHASE, STEPS)
     nibbles = placed(words, low_place, high_place, KEPT)
     total = gl.zeros([_TILE, TOKENS], gl.float32, MMA)
@@ -313,64 +318,26 @@ def tile_wgmma(
         barrier()
         _copy(other_tiles, other_corrections, held, own_sums, lines, middle, last, PHASE, STEPS)
         state = _phase(
-            tiles,
-            corrections,
-            constant,
-            begin,
-            middle,
-            last,
-            base,
-            origin,
-            thread,
-            own,
-            low_place,
-            high_place,
-            state,
-            KEPT,
-            BITS,
-            GROUP,
-            AHEAD,
-            FETCH,
-            EARLY,
-            FOLD,
-            WIDENING,
-            MMA,
+            *(tiles, corrections, constant, begin, middle, last),
+            *(base, origin, thread, own, low_place, high_place, state),
+            *(KEPT, BITS, GROUP, TOKENS, AHEAD, MMA),
         )
         async_copy.wait_group(0)
         fence_async_shared()
         barrier()
         _copy(tiles, corrections, held, own_sums, lines, end, last, PHASE, STEPS)
         state = _phase(
-            other_tiles,
-            other_corrections,
-            constant,
-            middle,
-            end,
-            last,
-            base,
-            origin,
-            thread,
-            own,
-            low_place,
-            high_place,
-            state,
-            KEPT,
-            BITS,
-            GROUP,
-            AHEAD,
-            FETCH,
-            EARLY,
-            FOLD,
-            WIDENING,
-            MMA,
+            *(other_tiles, other_corrections, constant, middle, end, last),
+            *(base, origin, thread, own, low_place, high_place, state),
+            *(KEPT, BITS, GROUP, TOKENS, AHEAD, MMA),
         )
     total, part, nibbles, factor, queue = state
     async_copy.wait_group(0)
     barrier()
     if FOLD:
         total = part
-    if WIDENING == 2:
-        total *= WIDENED_TIMES
+    if TINY:
+        total *= TINY_TIMES
     number = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, MMA))[None, :]
     if TOKENS > 64:
         totals = _quarters(total)

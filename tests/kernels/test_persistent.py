@@ -12,20 +12,20 @@ from conclave.kernels.workspace import PARTIALS
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("shifted", [False, True])
-def test_activations_lie_as_lanes_decode(shifted: bool, device: torch.device) -> None:
+@pytest.mark.parametrize("sparse", [False, True])
+def test_activations_lie_as_lanes_decode(sparse: bool, device: torch.device) -> None:
     """A block's tokens of 64 columns lie together, zeros behind the last token."""
     x = torch.randn(300, 128).bfloat16().to(device)
     out = torch.full((2, 2, 192, 64), torch.nan, dtype=torch.bfloat16, device=device)
     Kernel(row_pairs.arrange, name="arrange_here", multiples_of_16=("columns",)).launch(
         (out.numel() // 1024,),
         *(out, x, 300, 128),
-        constants={"TOKENS": 192, "SHIFTED": shifted, "BLOCK": 1024, "OVERLAP": False},
+        constants={"TOKENS": 192, "SPARSE": sparse, "BLOCK": 1024, "OVERLAP": False},
     )
     padded = torch.cat((x, x.new_zeros(84, 128)))
-    # From block, token, step, group, half, then i, e, f or, if they are shifted, f, i, e.
+    # From block, token, step, group, half, then i, e, f or, of a sparse weight, f, i, e.
     parts = padded.view(2, 192, 2, 4, 2, 2, 2, 2)
-    order = (0, 2, 1, 4, 6, 7, 3, 5) if shifted else (0, 2, 1, 4, 5, 6, 3, 7)
+    order = (0, 2, 1, 4, 6, 7, 3, 5) if sparse else (0, 2, 1, 4, 5, 6, 3, 7)
     assert torch.equal(out, parts.permute(order).reshape(out.shape))
 
 

@@ -11,6 +11,8 @@ from conclave.kernels.launching import bundle
 from conclave.kernels.launching.loader import Bundle
 from conclave.kernels.launching.targets import ALL, KIB
 from conclave.kernels.launching.variant import Variant, compile_variant, resources
+from conclave.kernels.layouts import Format
+from conclave.kernels.tensor_cores import matmul
 
 TARGETS = ("sm_89", "sm_90", "gfx1100", "gfx1201")
 WHOLE = ("sm_90", "gfx1201")
@@ -88,3 +90,18 @@ def test_three_programs_of_narrow_decode_fit_a_hopper_processor() -> None:
         assert 3 * (binary.shared + KIB) <= 228 * KIB
         assert 3 * binary.threads * taken.registers <= 65536
         assert taken.spilled <= 16, "a few invariants may be kept in memory, no more"
+
+
+@pytest.mark.parametrize("format", ["5:16-int4-g128", "5:16-int4-g64", "dense-int4-g128"])
+def test_as_many_programs_fit_a_hopper_processor_as_products_are_split_for(format: str) -> None:
+    (target,) = (each for each in ALL if each.name == "sm_90")
+    own = Format.parse(format)
+    plans = {tokens: matmul._plan(own, tokens, True, 8) for tokens in (8, 16, 32, 64)}
+    found = [each for each in matmul.variants() if each.targets == (target,)]
+    for plan in plans.values():
+        (variant,) = (each for each in found if each.constants == plan.constants)
+        binary, assembly = compile_variant(variant, target)
+        registers = resources(binary, assembly, target).registers
+        assert plan.each * (binary.shared + KIB) <= 228 * KIB
+        assert plan.each * binary.threads * registers <= 65536
+    assert [plan.each for plan in plans.values()][1:] == [4, 3, 2]
