@@ -17,7 +17,7 @@ _WARPS = {
     **{("dense_plan", 1): (4,), ("dense_plan", 2): (4,), ("dense_plan", 4): (1,)},
 }
 """Of the kernels that come compiled."""
-_SPLITS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24)
+_SPLITS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 14, 16, 24)
 
 
 class Asked(NamedTuple):
@@ -33,8 +33,8 @@ def key_of(asked: Asked) -> str:
     if asked.function != "matmul_splits":
         *bits, tiles, pieces, tokens, copies = asked.arguments
         return "".join(f"dense{n} " for n in bits) + f"gemv {tokens} {tiles}x{pieces}x{copies}"
-    tiles, chunks, blocks, tokens = asked.arguments
-    return f"matmul {tokens} {tiles}x{chunks}x{blocks}"
+    tiles, chunks, blocks, tokens, each = asked.arguments
+    return f"matmul {tokens} {tiles}x{chunks}x{blocks}x{each}"
 
 
 def rule_of(asked: Asked, processors: int) -> Plan:
@@ -57,7 +57,7 @@ def plans_for(asked: Asked) -> list[Plan]:
             for ahead in ([(0,), (2,)] if asked.function == "gemv_plan" else [()])
         }
         return sorted(plan for plan in plans if _fits(plan[1], tiles * copies, tokens))
-    tiles, chunks, blocks, tokens = asked.arguments
+    tiles, chunks, blocks, tokens, _ = asked.arguments
     splits = {-(-chunks // -(-chunks // wanted)) for wanted in _SPLITS if wanted <= chunks}
     return sorted((count,) for count in splits if _fits(count, tiles * blocks, tokens))
 

@@ -27,7 +27,7 @@ from .plans import Asked, Plan, answered, key_of, plans_for, questions, rule_of
 from .shapes import EXPERTS_EACH, LINEARS, STACKS, Shape
 
 LEAST_GAIN = 1.02
-TOKENS = {SPARSE: (1, 2, 4, 16, 32, 64, 128, 256), DENSE4: (1, 2, 4), DENSE8: (1,)}
+TOKENS = {SPARSE: (1, 2, 4, 8, 16, 32, 64), DENSE4: (1, 2, 4), DENSE8: (1,)}
 console = Console(stderr=True)
 
 

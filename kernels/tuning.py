@@ -2,8 +2,8 @@
 
 The rules were found on an H100 and an H200. Few tokens: what counts is that each program has just
 enough steps to hide the first one's wait, so that all its loads are under way at once; how many
-programs there are matters little. Tensor cores: some programs for each processor, each with several
-steps. Tables are made by `python -m benchmarks.tune_kernels`.
+programs there are matters little. Tensor cores: what counts is that nearly all places for programs
+are taken as long as the kernel runs. Tables are made by `python -m benchmarks.tune_kernels`.
 """
 
 import json
@@ -16,8 +16,8 @@ import torch
 from .workspace import COUNTERS, PARTIALS
 
 TABLE = Path(__file__).parent / "tuned.json"
-_PROGRAMS_EACH = {16: 3.8, 32: 2.7, 64: 2.0, 128: 1.0}
-"""Programs for each processor that `matmul_rule` aims at, by tokens of a program."""
+_FULL = 0.8
+"""Share of the places for programs that must be taken."""
 
 MOST_AHEAD = 20_000
 """Tiles times steps up to which weights are fetched ahead."""
@@ -90,21 +90,51 @@ def _within(splits: int, tiles: int, tokens: int, copies: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def matmul_splits(device: torch.device, tiles: int, chunks: int, blocks: int, tokens: int) -> int:
-    """Programs that share a tile's `chunks` scale groups; `blocks` of `tokens` tokens."""
+def matmul_splits(
+    device: torch.device, tiles: int, chunks: int, blocks: int, tokens: int, each: int
+) -> int:
+    """Programs that share a tile's `chunks` scale groups; `blocks` of `tokens` tokens.
+
+    A processor has `each` programs at a time.
+    """
     name, processors = _card(device)
-    tuned = _table().get(name, {}).get(f"matmul {tokens} {tiles}x{chunks}x{blocks}")
-    return tuned[0] if tuned is not None else matmul_rule(processors, tiles, chunks, blocks, tokens)
+    tuned = _table().get(name, {}).get(f"matmul {tokens} {tiles}x{chunks}x{blocks}x{each}")
+    if tuned is not None:
+        return tuned[0]
+    return matmul_rule(processors, tiles, chunks, blocks, tokens, each)
 
 
-def matmul_rule(processors: int, tiles: int, chunks: int, blocks: int, tokens: int) -> int:
-    """Programs for all processors, but six steps at least for each, and all of them as many."""
-    if tiles * blocks > COUNTERS:
+def matmul_rule(
+    processors: int, tiles: int, chunks: int, blocks: int, tokens: int, each: int
+) -> int:
+    """The splits for what nobody has measured: as many programs as run at once, or twice that.
+
+    A few programs more than run at once take half as long again. So it is twice as many if those
+    that run at once would leave more than a fifth of their places empty. Each has seven groups at
+    least; three, as long as there are processors without a program. All have as many, and there
+    is room for their sums.
+    """
+    programs = tiles * blocks
+    if programs > COUNTERS:
         return 1
-    wanted = round(_PROGRAMS_EACH[tokens] * processors / (tiles * blocks))
-    room = PARTIALS // (tiles * 128 * tokens * blocks)
-    splits = max(1, min(wanted, -(-chunks // 6), room))
-    return -(-chunks // -(-chunks // splits))
+    most = max(chunks // 7, min(-(-chunks // 3), processors // programs))
+    most = min(most, PARTIALS // (programs * 128 * tokens))
+    places = each * processors
+    splits = min(most, places // programs)
+    if splits * programs < _FULL * places:
+        splits = min(most, 2 * places // programs)
+    return -(-chunks // -(-chunks // max(1, splits)))
+
+
+def persistent_programs(
+    device: torch.device, tiles: int, chunks: int, blocks: int, tokens: int
+) -> int:
+    """Programs that share all tiles, for each of the `blocks` of `tokens` tokens: one a processor.
+
+    No more than there are scale groups, or than there is room for two partial tiles of each.
+    """
+    room = PARTIALS // (2 * 128 * tokens)
+    return max(1, min(min(_card(device)[1], room) // blocks, tiles * chunks))
 
 
 def tuned_entries() -> dict[str, dict[str, list[int]]]:

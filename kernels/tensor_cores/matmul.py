@@ -1,16 +1,20 @@
 """Five to some hundred tokens times a packed weight on NVIDIA's tensor cores.
 
 y[m, r] = sum of x[m, k] * code * scale, with each weight decoded once for all tokens of a program
-(`decode` tells how) and never written anywhere. A program has a tile of 128 rows, up to 128 tokens
-and every `splits`-th group of columns; four warps have 32 rows each. Its activations pass through
+(`decode` tells how) and never written anywhere. A program has a tile of 128 rows, up to 64 tokens
+and a share of the groups of columns; four warps have 32 rows each. Its activations pass through
 shared memory, in the interleaved order. Sums of a scale's columns are exact products of integers
-and bfloat16 in float32; then they are scaled. Bytes moved: the packed weight once for every 64 or
-128 tokens.
+and bfloat16 in float32; then they are scaled. Bytes moved: the packed weight once for every 64
+tokens.
 
-Of a stack, each program has tokens of one expert (`grouping`).
+More than `FEW` tokens of a single weight are multiplied by `persistent` on Hopper, which decodes
+once for every 256. Of a stack, each program has tokens of one expert (`grouping`), on Hopper up to
+128.
 """
 
 from collections.abc import Iterator
+from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,55 +23,119 @@ from ..checks import misfit
 from ..errors import KernelInputError
 from ..formats import SHIPPED, Format, PackedWeight
 from ..launching.launch import Kernel, Variant
-from ..launching.targets import NVIDIA, target_of
-from ..tuning import matmul_splits
-from ..workspace import epilogue_of, workspace
+from ..launching.targets import KIB, NVIDIA, target_of
+from ..tuning import matmul_splits, persistent_programs
+from ..workspace import COUNTERS, epilogue_of, workspace
 from .decode import STEP, interleave, supports, word_layout
 from .grouping import MOST_TOKENS, expert_blocks
 from .mma import tile_mma
-from .wgmma import tile_wgmma
+from .persistent import tile_persistent
+from .row_pairs import ROWS, arrange
+from .wgmma import has_tiny, tile_wgmma
 
 WARPS = 4
+WARPS_PERSISTENT = 8
+FEW = 64
+"""Tokens up to which `wgmma` multiplies a single weight on Hopper; above, `persistent` does."""
 _MULTIPLES = ("columns",)
 _GRID = "blocks of TOKENS, tiles, splits"
-_interleaved = Kernel(interleave, grid="cdiv(count, BLOCK)", multiples_of_16=("count",))
+_interleaved = Kernel(interleave, grid="cdiv(count, BLOCK)", multiples_of_16=("count", "columns"))
 _mma = Kernel(tile_mma, grid=_GRID, multiples_of_16=_MULTIPLES)
 _wgmma = Kernel(tile_wgmma, grid=_GRID, multiples_of_16=_MULTIPLES)
+_arranged = Kernel(arrange, grid="blocks of TOKENS * columns / BLOCK", multiples_of_16=_MULTIPLES)
+_persistent = Kernel(tile_persistent, grid="blocks of TOKENS, programs", multiples_of_16=_MULTIPLES)
 _BLOCK = 1024
+_PHASES = {8: 768, 16: 768, 32: 384, 64: 384, 128: 128}
+"""Columns whose activations `wgmma` copies at once, at most, by tokens of a program."""
+_PROGRAMS_EACH = {16: 4, 32: 3, 64: 2}
+"""Of `mma` that fit a processor, by tokens of a program."""
 _HOPPER = tuple(target for target in NVIDIA if target.capability == 90)
 _OTHERS = tuple(target for target in NVIDIA if target.capability != 90)
 
 
-def _plan(format: Format, tokens: int, hopper: bool) -> tuple[Kernel, int, dict[str, object]]:
-    """The kernel for so many tokens, how many of them a program has, and its constants."""
+class Plan(NamedTuple):
+    """How some tokens are multiplied."""
+
+    kernel: Kernel
+    block: int
+    """Tokens of a program."""
+    each: int
+    """Programs that a processor is to have at a time."""
+    constants: dict[str, object]
+    options: dict[str, int]
+
+
+def _plan(format: Format, tokens: int, hopper: bool, least: int = 16) -> Plan:
+    """For so many tokens of one weight or expert."""
     most = 128 if hopper else 64
-    block = max(16, min(most, 1 << (tokens - 1).bit_length()))
+    block = max(least if hopper else 16, min(most, 1 << (tokens - 1).bit_length()))
     constants = {
         **{"KEPT": format.kept, "BITS": format.bits, "GROUP": format.group, "TOKENS": block},
         "WORDS": word_layout(format, WARPS),
     }
     if not hopper:
-        return _mma, block, constants
-    return _wgmma, block, {**constants, "STAGES": 4 if block == 16 else 3, "FOLD": block > 64}
+        return Plan(_mma, block, _PROGRAMS_EACH[block], constants, {})
+    # Which way to load early is faster differs (docs/log.md).
+    ahead = 2 if block in (8, 64) and not format.dense else 1
+    registers = _registers(format, block)
+    each = 1 if block > 64 else 65536 // (WARPS * 32 * registers)
+    # Of a group, activations and sums; there are two places for a phase.
+    room = (228 * KIB // each - KIB) // (2 * block * (2 * format.group + 32))
+    constants |= {"PHASE": min(_PHASES[block] // format.group, room), "AHEAD": ahead}
+    return Plan(_wgmma, block, each, constants, {"launch_pdl": True, "maxnreg": registers})
+
+
+def _registers(format: Format, block: int) -> int:
+    """Of a thread of `wgmma` at most: what no loop spills anything with.
+
+    With 96, 128 and 168 five, four and three programs fit a processor.
+    """
+    if block > 32 or (format.bits == 8 and block == 32):
+        return 255
+    if block == 32 or format.bits == 8:
+        return 168
+    return 96 if block == 8 and format.kept == 5 and format.group == 128 else 128
+
+
+def _persistent_plan(format: Format, tokens: int) -> tuple[int, dict[str, object]]:
+    """How many tokens a program has, and the constants of `persistent`."""
+    blocks = -(-tokens // 256)
+    block = next(size for size in (128, 192, 256) if size * blocks >= tokens)
+    constants = {
+        **{"KEPT": format.kept, "BITS": format.bits, "GROUP": format.group, "TOKENS": block},
+        "AHEAD": 3 if format.kept <= 6 else 1,
+        "WORDS": word_layout(format, WARPS_PERSISTENT, ROWS),
+    }
+    return block, constants
 
 
 def variants() -> Iterator[Variant]:
     """What the bundle holds: the usual formats."""
     for target in NVIDIA:
-        overlap = target.capability >= 90
-        order = {"BLOCK": _BLOCK, "OVERLAP": overlap}
-        copied = ("*bf16", "*bf16", "i32")
-        yield Variant(_interleaved, copied, order, 4, 1, (target,), _options(overlap))
+        overlap, hopper = target.capability >= 90, target.capability == 90
+        copied = ("*bf16", "*bf16", "*bf16", "i32", "i32", "i32")
+        for group in (0, 64, 128) if hopper else (0,):
+            order = {"TOGETHER": hopper, "GROUP": group, "BLOCK": _BLOCK, "OVERLAP": overlap}
+            yield Variant(_interleaved, copied, order, 4, 1, (target,), _options(overlap))
+    for tokens, sparse in product((128, 192, 256), (False, True)):
+        order = {"TOKENS": tokens, "SPARSE": sparse, "BLOCK": _BLOCK, "OVERLAP": True}
+        yield Variant(
+            _arranged, ("*bf16", "*bf16", "i32", "i32"), order, 4, 1, _HOPPER, _options(True)
+        )
     for format in filter(lambda each: supports(each, STEP * 2), SHIPPED):
         codes = "*i32" if format.dense and format.bits == 4 else "*i8" if format.dense else "*u8"
-        types = (
-            *("*bf16", "*bf16", codes, "*bf16", "*bf16", "*i32", "*fp32", "*i32"),
-            *(*["i32"] * 5, "fp32"),
-        )
-        for targets, sizes in ((_HOPPER, (16, 32, 64, 128)), (_OTHERS, (16, 32, 64))):
+        weight = (codes, "*bf16", "*bf16")
+        types = (*weight, "*i32", "*fp32", "*i32", *["i32"] * 5, "fp32")
+        for targets, sizes in ((_HOPPER, (8, 16, 32, 64, 128)), (_OTHERS, (16, 32, 64))):
             for tokens in sizes:
-                kernel, _, constants = _plan(format, tokens, targets is _HOPPER)
-                yield Variant(kernel, types, constants, WARPS, 1, targets)
+                hopper = targets is _HOPPER
+                plan = _plan(format, tokens, hopper, 8)
+                own = (*["*bf16"] * (3 if hopper else 2), *types)
+                yield Variant(plan.kernel, own, plan.constants, WARPS, 1, targets, plan.options)
+        types = ("*bf16", "*bf16", *weight, "*fp32", "*i32", *["i32"] * 5, "fp32")
+        for tokens in (128, 192, 256):
+            constants, options = _persistent_plan(format, tokens)[1], _options(True)
+            yield Variant(_persistent, types, constants, WARPS_PERSISTENT, 1, _HOPPER, options)
 
 
 def _options(overlap: bool) -> dict[str, bool]:
@@ -94,37 +162,86 @@ def matmul(
     """
     _check(x, weight, out, residual, experts, gated)
     target = target_of(x.get_device())
-    overlap = target.capability >= 90
-    ordered = torch.empty_like(x)
+    hopper, overlap = target.capability == 90, target.capability >= 90
+    # Results of two rows are stored as one word.
+    fits = weight.rows % 2 == 0 and -(-len(x) // 256) * weight.tiles <= COUNTERS
+    if hopper and experts is None and len(x) > FEW and fits:
+        _matmul_persistent(x, weight, out, residual, scale, gated)
+        return
+    format, columns = weight.format, weight.columns
+    # Twice what an expert has on average: most then have room in one block.
+    stack = among or weight.experts or 1
+    usual = len(x) if experts is None else -(-2 * len(x) // stack)
+    plan = _plan(format, usual, hopper, 8 if experts is None else 16)
+    # Whole blocks are read.
+    lines = len(x) + plan.block
+    chunks = columns // format.group
+    ordered = x.new_empty(lines * (columns + chunks * 16))
+    sums = ordered[lines * columns :]
+    tiny = hopper and has_tiny(format.bits, plan.block)
     _interleaved.launch(
         (-(-x.numel() // _BLOCK),),
-        *(ordered, x, x.numel()),
-        constants={"BLOCK": _BLOCK, "OVERLAP": overlap},
+        *(ordered, sums, x, x.numel(), columns, lines),
+        constants={
+            **{"TOGETHER": hopper, "GROUP": format.group if tiny else 0},
+            **{"BLOCK": _BLOCK, "OVERLAP": overlap},
+        },
         warps=4,
         stages=1,
         options=_options(overlap),
     )
     partials, counters = workspace(x.device)
     if experts is None:
-        kernel, each, constants = _plan(weight.format, len(x), target.capability == 90)
-        blocks, count = counters, -(-len(x) // each)
+        blocks, count = counters, -(-len(x) // plan.block)
     else:
-        # Twice what an expert has on average: most then have room in one block.
-        stack = among or weight.experts or 1
-        usual = -(-2 * len(x) // stack)
-        kernel, each, constants = _plan(weight.format, usual, target.capability == 90)
-        blocks = expert_blocks(experts, stack, each)
+        blocks = expert_blocks(experts, stack, plan.block)
         count = len(blocks)
-    chunks = weight.columns // weight.format.group
-    splits = matmul_splits(x.device, weight.tiles, chunks, count, each)
-    kernel.launch(
+    splits = matmul_splits(x.device, weight.tiles, chunks, count, plan.block, plan.each)
+    plan.kernel.launch(
         (count, weight.tiles, splits),
-        *(out, ordered, weight.codes, weight.scales, out if residual is None else residual),
-        *(blocks, partials, counters, len(x), weight.rows, weight.columns),
+        *(out, ordered, *([sums] if hopper else []), weight.codes, weight.scales),
+        *(out if residual is None else residual, blocks, partials, counters),
+        *(len(x), weight.rows, columns),
         *(epilogue_of(residual, gated), int(experts is not None), float(scale)),
-        constants=constants,
+        constants=plan.constants,
         warps=WARPS,
         stages=1,
+        options=plan.options,
+    )
+
+
+def _matmul_persistent(
+    x: Tensor,
+    weight: PackedWeight,
+    out: Tensor,
+    residual: Tensor | None,
+    scale: float,
+    gated: bool,
+) -> None:
+    """`matmul` by programs that share all tiles evenly."""
+    each, constants = _persistent_plan(weight.format, len(x))
+    blocks = -(-len(x) // each)
+    ordered = x.new_empty(blocks * each, weight.columns)
+    order = {"TOKENS": each, "SPARSE": not weight.format.dense, "BLOCK": _BLOCK, "OVERLAP": True}
+    _arranged.launch(
+        (ordered.numel() // _BLOCK,),
+        *(ordered, x, len(x), weight.columns),
+        constants=order,
+        warps=4,
+        stages=1,
+        options=_options(True),
+    )
+    chunks = weight.columns // weight.format.group
+    programs = persistent_programs(x.device, weight.tiles, chunks, blocks, each)
+    _persistent.launch(
+        (blocks, programs),
+        *(out, ordered, weight.codes, weight.scales, out if residual is None else residual),
+        *(*workspace(x.device), len(x), weight.rows, weight.columns, weight.tiles),
+        *(epilogue_of(residual, gated), float(scale)),
+        constants=constants,
+        warps=WARPS_PERSISTENT,
+        stages=1,
+        options=_options(True),
     )
 
 

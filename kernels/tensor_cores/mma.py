@@ -6,7 +6,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from ..formats import TILE
 from ..workspace import meet_distributed
-from .decode import places, widened, words_a_column, words_at, words_of
+from .decode import placed, places, widened, words_a_column, words_at, words_of
 from .grouping import share_of
 
 _TILE = gl.constexpr(TILE)
@@ -78,7 +78,7 @@ def tile_mma(
             else:
                 buffer = odd
             buffer.store(now)
-            wide = widened(words, low_place, high_place, KEPT, BITS)
+            wide = widened(placed(words, low_place, high_place, KEPT), KEPT, BITS)
             # From warp, lane, group, half, row, row, i, e, f: half, i, e, group, f by the others.
             wide = gl.permute(wide, [3, 6, 7, 2, 8, 4, 5, 0, 1])
             right = gl.convert_layout(gl.reshape(wide, [64, _TILE]), RIGHT, assert_trivial=True)

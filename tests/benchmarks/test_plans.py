@@ -10,7 +10,7 @@ from conclave.kernels.workspace import PARTIALS
 
 FEW = Asked("gemv_plan", (168, 84, 1, 1))
 DENSE = Asked("dense_plan", (4, 168, 84, 1, 1))
-MANY = Asked("matmul_splits", (168, 42, 2, 128))
+MANY = Asked("matmul_splits", (168, 42, 2, 64, 2))
 
 
 def test_what_is_written_is_what_kernels_look_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,7 +40,7 @@ def test_plans_for_few_tokens_fit(arguments: tuple[int, ...]) -> None:
 
 
 def test_plans_for_many_tokens_leave_no_program_idle() -> None:
-    for arguments in ((168, 42, 1, 16), (42, 168, 1, 128), (336, 42, 2, 128)):
+    for arguments in ((168, 42, 1, 16, 4), (42, 168, 1, 128, 1), (336, 42, 2, 64, 2)):
         plans = plans_for(Asked("matmul_splits", arguments))
         assert (1,) in plans and rule_of(Asked("matmul_splits", arguments), 132)
         for (splits,) in plans:

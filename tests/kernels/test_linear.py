@@ -70,7 +70,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 @on_card
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 16, 17, 33, 64, 65, 129, 255, 300])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 9, 16, 17, 33, 64, 65, 129, 193, 255, 300])
 @pytest.mark.parametrize(
     ("text", "rows", "columns"),
     [
@@ -139,12 +139,14 @@ def test_a_head(tokens: int) -> None:
 
 @on_card
 @pytest.mark.parametrize("tokens", [1, 6, 7, 17, 100, 255, 1000, 5000])
-@pytest.mark.parametrize("text", ["5:16-int4-g64", "dense-int4-g64", "dense-int8-g64"])
+@pytest.mark.parametrize(
+    "text", ["5:16-int4-g64", "5:16-int4-g128", "dense-int4-g64", "dense-int8-g64"]
+)
 @pytest.mark.parametrize("gated", [False, True])
 def test_tokens_sorted_by_expert(text: str, tokens: int, gated: bool) -> None:
     """Few and many tokens, experts that nobody or nearly all have chosen."""
-    weight = weight_of(text, 6, 200, 704)
-    x = torch.randn(tokens, 704, device="cuda", dtype=torch.bfloat16)
+    weight = weight_of(text, 6, 200, 1408)
+    x = torch.randn(tokens, 1408, device="cuda", dtype=torch.bfloat16)
     experts = torch.tensor([0, 1, 1, 1, 1, 1, 1, 3, 5], dtype=torch.int32, device="cuda")
     experts = experts[torch.randint(9, (tokens,), device="cuda")].sort().values.to(torch.int32)
     wanted = torch.empty(tokens, 200, device="cuda", dtype=torch.float64)
@@ -181,7 +183,7 @@ def test_slots_of_a_larger_stack_give_the_same_bits(text: str, tokens: int, gate
 
 
 @on_card
-@pytest.mark.parametrize("tokens", [1, 4, 16, 128])
+@pytest.mark.parametrize("tokens", [1, 4, 8, 16, 64, 128, 256])
 def test_recorded_in_a_graph(tokens: int) -> None:
     weight = weight_of("5:16-int4-g128", 1024, 2048)
     x = torch.randn(tokens, 2048, device="cuda", dtype=torch.bfloat16)

@@ -22,15 +22,31 @@ def test_few_tokens_stay_within_the_workspace(
         assert splits * tiles * 128 * tokens * copies <= PARTIALS
 
 
-@pytest.mark.parametrize("tokens", [16, 32, 64, 128])
+@pytest.mark.parametrize(("tokens", "fit"), [(8, 5), (16, 4), (32, 3), (64, 2), (128, 1)])
 @pytest.mark.parametrize(("tiles", "chunks"), [(1, 1), (42, 168), (168, 42), (COUNTERS, 42)])
 @pytest.mark.parametrize("blocks", [1, 2, 32])
-def test_every_split_has_work(tokens: int, tiles: int, chunks: int, blocks: int) -> None:
-    splits = matmul_rule(132, tiles, chunks, blocks, tokens)
+def test_every_split_has_work(tokens: int, fit: int, tiles: int, chunks: int, blocks: int) -> None:
+    splits = matmul_rule(132, tiles, chunks, blocks, tokens, fit)
     each = -(-chunks // splits)
     assert 1 <= splits <= chunks and (splits - 1) * each < chunks
     if splits > 1:
         assert splits * tiles * 128 * tokens * blocks <= PARTIALS
+
+
+@pytest.mark.parametrize(
+    ("tokens", "fit", "measured"),
+    [
+        *[(8, 5, (6, 14, 3)), (8, 4, (3, 12, 3)), (16, 4, (3, 12, None))],
+        *[(32, 3, (2, 9, 1)), (64, 2, (3, 6, 1))],
+    ],
+)
+def test_the_rule_finds_the_fastest_splits(
+    tokens: int, fit: int, measured: tuple[int | None, ...]
+) -> None:
+    """Those of an H200, of 5:16 int4 and of dense int4."""
+    shapes = ((168, 42), (42, 168), (336, 42))
+    for (tiles, chunks), fastest in zip(shapes, measured, strict=True):
+        assert fastest in (None, matmul_rule(132, tiles, chunks, 1, tokens, fit))
 
 
 def test_what_was_measured_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
