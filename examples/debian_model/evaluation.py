@@ -28,6 +28,7 @@ from .scoring import perplexities, score
 from .training import Trainer
 
 FILE_NAME = "evaluation.json"
+ROOT = Path(__file__).parents[2]
 SPOT_CHECK_STEP = 76  # leaves 21 of the sample's documents, for tests
 
 
@@ -89,8 +90,8 @@ def training_record(trainer: Trainer, corpus_tokens: int) -> dict[str, Any]:
 
 
 def circumstances(device: torch.device) -> dict[str, Any]:
-    """Where and when a figure was made, and by which command."""
-    arguments = " ".join(shlex.quote(argument) for argument in sys.argv[1:])
+    """Where and when a figure was made, and by which command, with paths from the root."""
+    arguments = " ".join(shlex.quote(each.replace(f"{ROOT}/", "")) for each in sys.argv[1:])
     return {
         "command": f"python -m examples.train_model {arguments}",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
