@@ -20,10 +20,11 @@ from conclave.worker.memory.experts.cache import ExpertCache
 from conclave.worker.memory.experts.slots import ExpertSlots, fewest_slots
 from conclave.worker.memory.shapes import shape_settings
 from conclave.worker.model.config import ModelConfig
-from conclave.worker.model.decoder import Decoder, DenseAttention
+from conclave.worker.model.decoder import Decoder
 from conclave.worker.model.storage import storage_of
 from conclave.worker.weights import blank_decoder
 
+from ..worker.memory.decoders import logits_of, some_tokens
 from ..worker.memory.test_streaming_engine import beside_layers
 
 pytestmark = [
@@ -55,31 +56,18 @@ def slotted(source: RandomModel, count: int, predict: bool) -> tuple[Decoder, Ex
     return source.decoder(cache), cache
 
 
-@torch.inference_mode()
-def forward(decoder: Decoder, tokens: torch.Tensor, length: int) -> torch.Tensor:
-    """Logits of sequences of one length."""
-    positions = torch.arange(len(tokens), device="cuda") % length
-    attention = DenseAttention(decoder.config, [length] * (len(tokens) // length))
-    return decoder.logits(decoder(tokens, positions, attention))
-
-
-def inputs(count: int, seed: int) -> torch.Tensor:
-    draw = torch.Generator("cuda").manual_seed(seed)
-    return torch.randint(1024, (count,), generator=draw, device="cuda")
-
-
 @pytest.mark.parametrize("format", [None, *FORMATS])
 def test_tokens_are_those_of_resident_experts(format: str | None) -> None:
     """Each token's own product, products by expert on tensor cores, and more than one part."""
     source = model(format)
     resident = source.decoder()
     asked = [(1, seed) for seed in range(STEPS)] + [(3, 7), (40, 8), (1, 9), (600, 10), (1, 11)]
-    wanted = [forward(resident, inputs(2 * length, seed), length) for length, seed in asked]
+    wanted = [logits_of(resident, some_tokens(2 * length, seed), length) for length, seed in asked]
     for count, predict in ((16, True), (40, False), (40, True), (96, True)):
         decoder, cache = slotted(source, count, predict)
         for _ in range(2):
             for (length, seed), expected in zip(asked, wanted, strict=True):
-                answer = forward(decoder, inputs(2 * length, seed), length)
+                answer = logits_of(decoder, some_tokens(2 * length, seed), length)
                 assert expected.isfinite().all()
                 assert torch.equal(answer, expected), (count, predict, length)
         use = cache.use()
@@ -96,23 +84,23 @@ def test_tokens_are_those_of_resident_experts(format: str | None) -> None:
 def test_a_recorded_step_fetches_too(format: str, batch: int) -> None:
     source = model(format)
     resident = source.decoder()
-    wanted = [forward(resident, inputs(batch, seed), 1) for seed in range(20)]
+    wanted = [logits_of(resident, some_tokens(batch, seed), 1) for seed in range(20)]
     for count, predict in ((16, True), (30, False), (30, True)):
         decoder, cache = slotted(source, count, predict)
-        tokens = inputs(batch, 0)
+        tokens = some_tokens(batch, 0)
         for _ in range(2):
-            forward(decoder, tokens, 1)
+            logits_of(decoder, tokens, 1)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits = forward(decoder, tokens, 1)
+            logits = logits_of(decoder, tokens, 1)
         before = cache.use()
         for seed in range(20):
-            tokens.copy_(inputs(batch, seed))
+            tokens.copy_(some_tokens(batch, seed))
             cache.before_replay()
             graph.replay()
             assert torch.equal(logits, wanted[seed]), (count, predict, seed)
             if seed == 7:  # eager steps may come between
-                assert torch.equal(forward(decoder, inputs(batch, 3), 1), wanted[3])
+                assert torch.equal(logits_of(decoder, some_tokens(batch, 3), 1), wanted[3])
         use = cache.use()
         assert use.misses > before.misses
         assert use.misses + use.hits - before.misses - before.hits >= 21 * 6 * 4
@@ -131,7 +119,7 @@ def test_a_card_decides_as_plain_python(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(cache, "begin", told)
     for seed in range(12):
-        forward(decoder, inputs(1 + seed % 4 * 9, seed), 1)
+        logits_of(decoder, some_tokens(1 + seed % 4 * 9, seed), 1)
     for name in ("slot_of", "owner", "used", "worth", "clock", "counts"):
         assert torch.equal(getattr(cache.table, name).cpu(), getattr(plain, name)), name
     cache.close()

@@ -21,9 +21,11 @@ from conclave.worker.memory.residency import choose, least
 from conclave.worker.memory.shapes import shape_settings
 from conclave.worker.memory.streaming import LayerStream
 from conclave.worker.model.config import ModelConfig
-from conclave.worker.model.decoder import Decoder, DenseAttention
+from conclave.worker.model.decoder import Decoder
 from conclave.worker.model.storage import storage_of
 from conclave.worker.weights import blank_decoder
+
+from ..worker.memory.decoders import logits_of, some_tokens
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,19 +56,6 @@ def streamed(source: RandomModel, ahead: int, share: float) -> tuple[Decoder, La
     return source.decoder(stream), stream
 
 
-@torch.inference_mode()
-def forward(decoder: Decoder, tokens: torch.Tensor, length: int) -> torch.Tensor:
-    """Logits of sequences of one length."""
-    positions = torch.arange(len(tokens), device="cuda") % length
-    attention = DenseAttention(decoder.config, [length] * (len(tokens) // length))
-    return decoder.logits(decoder(tokens, positions, attention))
-
-
-def inputs(count: int, seed: int) -> torch.Tensor:
-    draw = torch.Generator("cuda").manual_seed(seed)
-    return torch.randint(1024, (count,), generator=draw, device="cuda")
-
-
 CASES = [
     ("31b", None),
     ("31b", "dense-int4-g64"),
@@ -80,13 +69,15 @@ def test_tokens_are_those_of_resident_layers(name: str, format: str | None) -> N
     source = model(name, format)
     resident = source.decoder()
     wanted = {
-        (length, seed): forward(resident, inputs(2 * length, seed), length)
+        (length, seed): logits_of(resident, some_tokens(2 * length, seed), length)
         for length in (1, 40)
         for seed in range(STEPS)
     }
     for ahead, share in ((0, 0.0), (1, 0.0), (2, 0.0), (2, 0.5), (2, 1.0)):
         decoder, stream = streamed(source, ahead, share)
-        outputs = {key: forward(decoder, inputs(2 * key[0], key[1]), key[0]) for key in wanted}
+        outputs = {
+            key: logits_of(decoder, some_tokens(2 * key[0], key[1]), key[0]) for key in wanted
+        }
         for key, expected in wanted.items():
             assert expected.isfinite().all() and torch.equal(outputs[key], expected), (ahead, key)
         use = stream.use()
@@ -98,23 +89,23 @@ def test_tokens_are_those_of_resident_layers(name: str, format: str | None) -> N
 def test_a_recorded_step_copies_too(name: str, format: str | None) -> None:
     source = model(name, format)
     resident = source.decoder()
-    wanted = [forward(resident, inputs(BATCH, seed), 1) for seed in range(STEPS)]
+    wanted = [logits_of(resident, some_tokens(BATCH, seed), 1) for seed in range(STEPS)]
     for ahead, share in ((0, 0.0), (2, 0.0), (2, 0.5)):
         decoder, stream = streamed(source, ahead, share)
-        tokens = inputs(BATCH, 0)
+        tokens = some_tokens(BATCH, 0)
         for _ in range(2):
-            forward(decoder, tokens, 1)
+            logits_of(decoder, tokens, 1)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits = forward(decoder, tokens, 1)
+            logits = logits_of(decoder, tokens, 1)
         for seed in (0, 1, 2, 3, 2, 1):
-            tokens.copy_(inputs(BATCH, seed))
+            tokens.copy_(some_tokens(BATCH, seed))
             stream.before_replay()
             graph.replay()
             replayed = logits.clone()
             assert torch.equal(replayed, wanted[seed]), (ahead, share, seed)
             if seed == 2:  # eager steps may come between
-                assert torch.equal(forward(decoder, inputs(BATCH, 3), 1), wanted[3])
+                assert torch.equal(logits_of(decoder, some_tokens(BATCH, 3), 1), wanted[3])
         copied = stream.use().copied_bytes
         stream.before_replay()
         assert stream.use().copied_bytes - copied == stream.residency.copied

@@ -14,10 +14,11 @@ from conclave.kernels.formats import Format
 from conclave.worker.memory.residency import choose, least
 from conclave.worker.memory.streaming import LayerStream
 from conclave.worker.model.config import ModelConfig
-from conclave.worker.model.decoder import Decoder, DenseAttention
-from conclave.worker.model.packed import pack_decoder, packable
-from conclave.worker.model.storage import Storage, storage_of
-from conclave.worker.weights import blank_decoder, load_decoder
+from conclave.worker.model.decoder import Decoder
+from conclave.worker.model.packed import pack_decoder
+from conclave.worker.weights import load_decoder
+
+from .decoders import logits_of, storage
 
 CPU = torch.device("cpu")
 Checkpoint = Callable[[int | str], Path]
@@ -50,19 +51,9 @@ class Streamed:
         if residency.streamed:
             self.stream.start(self.decoder)
 
-    @torch.inference_mode()
     def logits(self, length: int) -> torch.Tensor:
         """float32 [length, vocab], of some tokens."""
-        attention = DenseAttention(self.decoder.config, [length])
-        tokens = torch.arange(5, 5 + length)
-        return self.decoder.logits(self.decoder(tokens, torch.arange(length), attention))
-
-
-def storage(config: ModelConfig, format: Format | None, dtype: torch.dtype) -> Storage:
-    blank = blank_decoder(config)
-    names = [name for names in packable(blank).values() for name in names]
-    formats = {} if format is None else dict.fromkeys(names, format)
-    return storage_of(blank, formats, dtype, packed=True)
+        return logits_of(self.decoder, torch.arange(5, 5 + length), length)
 
 
 @pytest.mark.parametrize(
