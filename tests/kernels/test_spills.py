@@ -8,7 +8,7 @@ import pytest
 from conclave.kernels.attention.decode import variants
 from conclave.kernels.attention.decode_mma import decode_mma
 from conclave.kernels.launching import bundle
-from conclave.kernels.launching.loader import Bundle
+from conclave.kernels.launching.loader import Bundle, Entry
 from conclave.kernels.launching.targets import ALL, KIB
 from conclave.kernels.launching.variant import Variant, compile_variant, resources
 from conclave.kernels.layouts import Format
@@ -26,9 +26,9 @@ EXPECTED = {
     "gfx1100": {"sparse_gather", "dense_gemv"},
     "gfx1201": {"sparse_gather", "dense_gemv"},
 }
-BESIDE = {"tile_wgmma": 12}
-"""Values kept in memory where no loop over columns runs (by Triton 3.7.1; none by 3.6): five
-programs of eight tokens are to fit a processor."""
+BESIDE = 12
+"""Values that 5:16's programs of eight tokens may keep in memory, where no loop over columns runs
+(by Triton 3.7.1; none by 3.6): five of them are to fit a processor."""
 
 
 def is_hot(variant: Variant) -> bool:
@@ -42,6 +42,12 @@ def is_hot(variant: Variant) -> bool:
     return (
         variant.kernel.name in products and group == 128 and (kept == 5 or (kept, bits) == (16, 4))
     )
+
+
+def is_tight(entry: Entry) -> bool:
+    """Whether it has fewer registers than it would take."""
+    own = {name: str(entry.constants.get(name)) for name in ("KEPT", "TOKENS")}
+    return entry.kernel == "tile_wgmma" and own == {"KEPT": "5", "TOKENS": "8"}
 
 
 def on_whole(variant: Variant) -> Variant:
@@ -77,7 +83,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def test_nothing_spills(target: str, built: Bundle) -> None:
     entries = built.entries(target)
     assert {entry.kernel for entry in entries.values()} == EXPECTED[target]
-    most = {name: BESIDE.get(entry.kernel, 0) for name, entry in entries.items()}
+    most = {name: BESIDE if is_tight(entry) else 0 for name, entry in entries.items()}
     assert not {
         name: entry.spilled for name, entry in entries.items() if entry.spilled > most[name]
     }
