@@ -33,9 +33,9 @@ from examples.debian_model.checkpoint import load_model
 from examples.debian_model.corpus import HELD_OUT
 from examples.debian_model.encoding import Encoded
 from examples.debian_model.evaluation import read_evaluation
-from examples.debian_model.files import written_by
+from examples.debian_model.files import RouteError, written_by
 from examples.debian_model.scoring import score
-from examples.debian_model.shapes import SHAPES, ShapeName
+from examples.debian_model.shapes import SHAPES
 
 from .records import HEADLINE, RESULTS, write_headline, write_result
 
@@ -43,11 +43,7 @@ CONTROLS = RESULTS / "controls"
 """What is known of dense models that were trained longer, by name."""
 EPOCHS = 28.0
 """Of recovery, at most: as many as there is time for."""
-KINDS = {
-    "debian-8m": ShapeName.DENSE,
-    "debian-ple-8m": ShapeName.PLE,
-    "debian-moe-8m": ShapeName.MOE,
-}
+KINDS = {shape.compressed.name: kind for kind, shape in SHAPES.items() if shape.compressed}
 AFTER = 40.0
 """Seconds that a job has for what comes before and after its training: a start, a last scoring."""
 FEWEST = 2000
@@ -81,8 +77,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a folder that gets a copy of what is written")
     options = parser.parse_args()
     if not options.judge:
-        for kind in KINDS.values():
-            written_by(f"train --shape {kind.value}", SHAPES[kind].folder)
+        try:
+            for kind in KINDS.values():
+                written_by(f"train --shape {kind.value}", SHAPES[kind].folder)
+        except RouteError as error:
+            parser.error(str(error))
         jobs = jobs_of(options.work, options.models, options.epochs, options.also)
         chosen = [job for job in jobs if job.name in (options.job or [each.name for each in jobs])]
         if not chosen:
