@@ -3,10 +3,12 @@
 A slot is filled with NaN before another expert comes, so whoever read one too late would show.
 """
 
+import gc
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import ref as weakref
 
 import pytest
 import torch
@@ -17,7 +19,8 @@ from conclave.worker.memory.experts.module import SlottedExperts
 from conclave.worker.memory.experts.slots import choose_slots, fewest_slots
 from conclave.worker.model.config import ModelConfig
 from conclave.worker.model.decoder import Decoder
-from conclave.worker.model.packed import pack_decoder
+from conclave.worker.model.layers import Experts
+from conclave.worker.model.packed import large_tensors, pack_decoder
 from conclave.worker.weights import load_decoder
 
 from .decoders import logits_of, storage
@@ -40,6 +43,8 @@ class Slotted:
     ) -> None:
         config = ModelConfig.load(folder)
         self.cache: ExpertCache | None = None
+        self.loaded: list[weakref[torch.Tensor]] = []
+        """The weights of experts, as they were before they went into slots."""
         if slots is not None:
             layers = storage(config, format, dtype).layers
             beside = sum(layer.block - layer.expert_block for layer in layers)
@@ -52,6 +57,9 @@ class Slotted:
         def settle(decoder: Decoder, layer: int) -> None:
             if format is not None:
                 pack_decoder(decoder, format, layer)
+            own = decoder.get_submodule(f"layers.{layer}.feed_forward").experts
+            if self.cache is not None and isinstance(own, Experts):
+                self.loaded += map(weakref, large_tensors(own))
             if self.cache is not None:
                 self.cache.take(decoder, layer)
 
@@ -95,6 +103,15 @@ def test_tokens_are_those_of_resident_experts(
         each = use.fetched_bytes // (use.misses + use.foreseen)
         assert use.wasted_bytes == (use.foreseen - use.foreseen_used) * each
         assert use.host_bytes == count.host_bytes
+
+
+@pytest.mark.parametrize(("variant", "format"), [("6", PLAIN), ("6-wide", SPARSE)])
+def test_nothing_else_keeps_the_experts(
+    variant: str, format: Format | None, tiny_checkpoint: Checkpoint
+) -> None:
+    slotted = Slotted(tiny_checkpoint(variant), format, slots=20)
+    gc.collect()
+    assert slotted.loaded and not any(own() is not None for own in slotted.loaded)
 
 
 def test_slots_hold_what_the_table_says(tiny_checkpoint: Checkpoint) -> None:

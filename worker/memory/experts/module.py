@@ -89,17 +89,18 @@ class SlottedPackedExperts(SlottedExperts):
 
     def __init__(self, like: PackedExperts, shelf: Shelf, place: int) -> None:
         super().__init__(like, shelf, place)
-        self._like = like.packed
+        # Not the weights themselves: they would stay on the device.
+        self._forms = [
+            (own.format, own.rows, own.columns, list(own.tensors())) for own in like.packed
+        ]
         self.packed: tuple[PackedWeight, ...] = ()
 
     def put(self, stacks: list[Tensor], following: SlottedExperts | None) -> None:
         """See `SlottedExperts.put`."""
         left = iter(stacks)
         self.packed = tuple(
-            from_tensors(
-                *(own.format, own.rows, own.columns), {name: next(left) for name in own.tensors()}
-            )
-            for own in self._like
+            from_tensors(format, rows, columns, {name: next(left) for name in names})
+            for format, rows, columns, names in self._forms
         )
         self._follow(following)
 
