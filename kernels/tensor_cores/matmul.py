@@ -75,13 +75,15 @@ class Staged(NamedTuple):
     """Of 64 columns that are copied together."""
     sides: int
     """Places for what is copied together: one is multiplied, the others' copies are under way."""
+    masked: int = 0
+    """Slots of survivors that are put in place by one shuffle and a mask, not by two shuffles."""
 
 
 STAGED: dict[int, Staged | None] = {
     8: Staged(5, False, False, True, 4, 2),
     16: Staged(4, False, False, True, 4, 2),
-    32: Staged(3, False, False, True, 4, 2),
-    64: Staged(3, True, False, True, 2, 3),
+    32: Staged(3, False, False, True, 4, 2, 3),
+    64: Staged(3, True, False, True, 2, 3, 5),
 }
 """By tokens of a program; None leaves them to `wgmma`."""
 
@@ -128,7 +130,8 @@ def _staged_plan(format: Format, tokens: int) -> tuple[Plan, Staged] | None:
     constants = {
         **{"KEPT": format.kept, "BITS": 4, "GROUP": format.group, "TOKENS": block},
         **{"PHASE": phase, "SIDES": how.sides, "FOLD": how.fold, "EARLY": how.early},
-        **{"EVEN": how.even, "WORDS": word_layout(format, WARPS)},
+        **{"EVEN": how.even, "MASKED": min(how.masked, format.kept)},
+        **{"WORDS": word_layout(format, WARPS)},
     }
     # Of 64 columns activations and words; of a group scales and, without `fold`, sums.
     steps = how.sides * phase * format.group // 64

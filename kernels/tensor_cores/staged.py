@@ -14,6 +14,9 @@ and no second sum, so that at 64 tokens three programs have room where two had.
 With EVEN programs share all tiles evenly (`stream_k`), as many as run at once, so that none is left
 for a second turn; else a tile is split, as `wgmma` does it, which stacks of experts need.
 
+Shuffles pass through shared memory's pipe, which is busy with activations where there are many
+tokens: there MASKED slots of survivors take one shuffle instead of two (`decode.placed`).
+
 What FOLD gives up: scales of 2^17 or more overflow.
 """
 
@@ -153,6 +156,7 @@ def _product(
     SIDES: gl.constexpr,
     FOLD: gl.constexpr,
     EARLY: gl.constexpr,
+    MASKED: gl.constexpr,
     WORDS: gl.constexpr,
 ):
     """The sums of a tile's groups `start` to `stop`; then the side, `ahead` and `inside` of now.
@@ -182,7 +186,7 @@ def _product(
             four = scales_of(place[2], number)
             for step in gl.static_range(STEPS):
                 words = words_at_step(place[1], number * STEPS + step, KEPT, WORDS)
-                nibbles = placed(words, low_place, high_place, KEPT)
+                nibbles = placed(words, low_place, high_place, KEPT, MASKED)
                 if EARLY:
                     following = _operand(nibbles, four, words[0], KEPT, FOLD, LEFT)
                     _pinned()
@@ -244,6 +248,7 @@ def tile_staged(
     SIDES: gl.constexpr,
     FOLD: gl.constexpr,
     EARLY: gl.constexpr,
+    MASKED: gl.constexpr,
     EVEN: gl.constexpr,
     WORDS: gl.constexpr,
 ):
@@ -293,22 +298,9 @@ def tile_staged(
             tile = start // chunks
             stop = gl.minimum((tile + 1) * chunks, last)
             total, side, ahead, inside = _product(
-                *(
-                    place,
-                    side,
-                    ahead,
-                    inside,
-                    start,
-                    stop,
-                    last,
-                    codes,
-                    scales,
-                    x,
-                    sums,
-                    lines,
-                    chunks,
-                ),
-                *(KEPT, GROUP, TOKENS, PHASE, SIDES, FOLD, EARLY, WORDS),
+                *(place, side, ahead, inside, start, stop, last),
+                *(codes, scales, x, sums, lines, chunks),
+                *(KEPT, GROUP, TOKENS, PHASE, SIDES, FOLD, EARLY, MASKED, WORDS),
             )
             number = unknown(gl.program_id(0))
             programs = unknown(gl.num_programs(1))
@@ -337,7 +329,7 @@ def tile_staged(
     else:
         total, side, ahead, inside = _product(
             *(place, side, ahead, inside, start, last, last, codes, scales, x, sums, lines, chunks),
-            *(KEPT, GROUP, TOKENS, PHASE, SIDES, FOLD, EARLY, WORDS),
+            *(KEPT, GROUP, TOKENS, PHASE, SIDES, FOLD, EARLY, MASKED, WORDS),
         )
         async_copy.wait_group(0)
         barrier()

@@ -97,13 +97,15 @@ def _brain_pair(values: NDArray[np.float64]) -> Bits:
 
 
 def _permuted(a: Any, b: Any, picks: Any) -> Bits:
-    """Byte i is the one of a and b that nibble i of `picks` names."""
+    """Byte i is the one of a and b that nibble i of `picks` names, or eight times its sign."""
     found = np.asarray(a).astype(np.uint64) | np.asarray(b).astype(np.uint64) << np.uint64(32)
     result = np.zeros_like(found)
     for place in range(4):
         pick = int(picks) >> 4 * place & 15
-        assert pick < 8, "signs are not repeated here"
-        result |= (found >> np.uint64(8 * pick) & np.uint64(255)) << np.uint64(8 * place)
+        byte = found >> np.uint64(8 * (pick & 7)) & np.uint64(255)
+        if pick > 7:
+            byte = (byte >> np.uint64(7)) * np.uint64(255)
+        result |= byte << np.uint64(8 * place)
     return result.astype(np.uint32)
 
 
@@ -125,6 +127,7 @@ def _lop3(a: Any, b: Any, c: Any, table: Any) -> Bits:
 _INSTRUCTIONS: dict[str, Callable[..., Bits]] = {
     "mov.b32": lambda a: a,
     "shr.u32": lambda a, b: a >> b,
+    "shl.b32": lambda a, b: a << b,
     "shfl.sync.idx.b32": _shuffle,
     "lop3.b32": _lop3,
     "sub.f32": lambda a, b: _single(_float(a) - _float(b)),
@@ -136,5 +139,7 @@ _INSTRUCTIONS: dict[str, Callable[..., Bits]] = {
         _brain_halves(a) * _brain_halves(b) + _brain_halves(c)
     ),
     "prmt.b32": _permuted,
+    "mul.lo.u32": lambda a, b: a * b,
+    "mad.lo.u32": lambda a, b, c: a * b + c,
     "cvt.f32.f16": lambda a: _single(_halves(a)[..., 0]),
 }

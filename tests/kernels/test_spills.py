@@ -38,8 +38,8 @@ def is_hot(variant: Variant) -> bool:
         return True
     if variant.kernel.name == "dense_gemv":
         return bits == 4
-    products = ("sparse_gemv", "sparse_gather", "tile_mma")
-    products += ("tile_wgmma", "tile_persistent", "tile_staged")
+    products = {"sparse_gemv", "sparse_gather", "tile_mma"}
+    products |= {"tile_wgmma", "tile_persistent", "tile_staged"}
     return (
         variant.kernel.name in products and group == 128 and (kept == 5 or (kept, bits) == (16, 4))
     )

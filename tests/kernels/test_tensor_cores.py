@@ -69,6 +69,38 @@ def test_tiny_numbers_stand_for_values(biased: bool) -> None:
             assert (tiny * 2.0**133 == values[:, place + 4 * half] * 16 ** (place % 2)).all()
 
 
+def test_survivors_are_placed_by_shuffles_or_masks() -> None:
+    """Both ways alike, on top of what is there."""
+    random = np.random.default_rng(0)
+    lane = np.arange(32)
+    position = lane % 16
+    shifts = 4 * (position % 8 // 2 + 4 * (position % 2))
+    low, high = (
+        np.where(own, 1 << shifts, 0).astype(np.uint32) for own in (position < 8, position > 7)
+    )
+    words = random.integers(1 << 32, size=32, dtype=np.uint32)
+    shuffled = emulated_ptx.run(
+        decode._PLACE.value, decode._PLACE_REGISTERS.value, [words, low, high, *[low * 0] * 8]
+    )
+    masked = emulated_ptx.run(
+        decode._MASKED.value, decode._MASKED_REGISTERS.value, [words, low | high, *[low * 0] * 8]
+    )
+    assert all(map(np.array_equal, shuffled, masked))
+    for row in range(4):
+        own = words >> np.uint32(8 * row) & np.uint32(255)
+        found = shuffled[2 * row].view(np.uint32).astype(np.uint64)
+        found |= shuffled[2 * row + 1].view(np.uint32).astype(np.uint64) << np.uint64(32)
+        place = own % 16
+        exact = (own >> 4).astype(np.uint64) << (
+            4 * (place % 8 // 2 + 4 * (place % 2)) + 32 * (place // 8)
+        ).astype(np.uint64)
+        assert np.array_equal(found, exact)
+    again = emulated_ptx.run(
+        decode._MASKED.value, decode._MASKED_REGISTERS.value, [words, low | high, *masked]
+    )
+    assert all(map(np.array_equal, again, masked))
+
+
 def test_scales_go_into_tiny_numbers() -> None:
     """As bfloat16 of value times scale over FOLD_TIMES, one rounding."""
     random = np.random.default_rng(0)
@@ -182,12 +214,16 @@ def test_any_number_of_splits(text: str, tokens: int, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("fold", [False, True])
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("even", [False, True])
-@pytest.mark.parametrize(("steps", "sides"), [(2, 3), (4, 2)])
+@pytest.mark.parametrize("stages", [(2, 3, 0), (4, 2, 2), (4, 2, 9)])
 def test_every_way_to_stage(
-    fold: bool, early: bool, even: bool, steps: int, sides: int, monkeypatch: pytest.MonkeyPatch
+    fold: bool,
+    early: bool,
+    even: bool,
+    stages: tuple[int, int, int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for tokens in (8, 16, 32, 64):
-        monkeypatch.setitem(module.STAGED, tokens, Staged(2, fold, early, even, steps, sides))
+        monkeypatch.setitem(module.STAGED, tokens, Staged(2, fold, early, even, *stages))
         for text in ("5:16-int4-g128", "6:16-int4-g64"):
             weight = random_weight(text, 1408, 1408)
             for kind in KINDS:
