@@ -58,22 +58,6 @@ _PLACE = gl.constexpr(
     + "}"
 )
 _PLACE_REGISTERS = gl.constexpr(",".join(["=&r"] * 8 + ["r"] * 11))
-# The same by one shuffle of $9, the places of all positions, and a mask of all positions' bit 3.
-_MASKED = gl.constexpr(
-    "{ .reg .b32 byte, value, place, mask, signs; shl.b32 signs, $8, 4;"
-    + "".join(
-        (f"prmt.b32 byte, $8, 0, 0x444{j};" if j < 3 else "shr.u32 byte, $8, 24;")
-        + f"shr.u32 value, byte, 4;"
-        f"shfl.sync.idx.b32 place, $9, byte, 31, -1;"
-        f"mul.lo.u32 place, value, place;"
-        f"prmt.b32 mask, signs, 0, {0x1111 * (8 + j):#x};"
-        f"lop3.b32 ${2 * j}, place, mask, ${10 + 2 * j}, 0xBA;"
-        f"lop3.b32 ${2 * j + 1}, place, mask, ${11 + 2 * j}, 0xEA;"
-        for j in range(4)
-    )
-    + "}"
-)
-_MASKED_REGISTERS = gl.constexpr(",".join(["=&r"] * 8 + ["r"] * 10))
 
 
 def _widening(magic: int, minus: int) -> str:
@@ -257,44 +241,52 @@ def places(KEPT: gl.constexpr, WORDS: gl.constexpr):
 
 
 @gluon.jit
-def placed(words, low_place, high_place, KEPT: gl.constexpr, MASKED: gl.constexpr = 0):
+def placed(words, low_place, high_place, KEPT: gl.constexpr):
     """Nibbles of survivors where dense int4 has them: int32 [words, 4, half 2, row 2, row 2].
 
-    A dense weight's words as they are. Of the slots the last MASKED are put in place by one shuffle
-    and a mask instead of two shuffles: one instruction more, but less of what shared memory does.
+    A dense weight's words as they are.
     """
     if KEPT == _SPAN:
         eight = words[0]
     else:
-        eight = _scattered(words, low_place, high_place, KEPT, MASKED)
+        eight = _scattered(words, low_place, high_place, KEPT)
     return eight
 
 
 @gluon.jit
-def _scattered(words, low_place, high_place, KEPT: gl.constexpr, MASKED: gl.constexpr):
+def _scattered(words, low_place, high_place, KEPT: gl.constexpr):
     low0 = gl.zeros_like(words[0])
     high0, low1, high1, low2, high2, low3, high3 = low0, low0, low0, low0, low0, low0, low0
     for slot in gl.static_range(KEPT):
-        if slot < KEPT - MASKED:
-            low0, high0, low1, high1, low2, high2, low3, high3 = gl.inline_asm_elementwise(
-                _PLACE,
-                _PLACE_REGISTERS,
-                [words[slot], low_place, high_place]
-                + [low0, high0, low1, high1, low2, high2, low3, high3],
-                dtype=(gl.int32,) * 8,
-                is_pure=True,
-                pack=1,
-            )
-        else:
-            low0, high0, low1, high1, low2, high2, low3, high3 = gl.inline_asm_elementwise(
-                _MASKED,
-                _MASKED_REGISTERS,
-                [words[slot], low_place | high_place]
-                + [low0, high0, low1, high1, low2, high2, low3, high3],
-                dtype=(gl.int32,) * 8,
-                is_pure=True,
-                pack=1,
-            )
+        low0, high0, low1, high1, low2, high2, low3, high3 = gl.inline_asm_elementwise(
+            _PLACE,
+            _PLACE_REGISTERS,
+            [
+                words[slot],
+                low_place,
+                high_place,
+                low0,
+                high0,
+                low1,
+                high1,
+                low2,
+                high2,
+                low3,
+                high3,
+            ],
+            dtype=(
+                gl.int32,
+                gl.int32,
+                gl.int32,
+                gl.int32,
+                gl.int32,
+                gl.int32,
+                gl.int32,
+                gl.int32,
+            ),
+            is_pure=True,
+            pack=1,
+        )
     even = gl.join(gl.join(low0, high0), gl.join(low2, high2))
     odd = gl.join(gl.join(low1, high1), gl.join(low3, high3))
     return gl.join(even, odd)

@@ -8,9 +8,8 @@ and bfloat16 in float32; then they are scaled. Bytes moved: the packed weight on
 tokens.
 
 More than `FEW` tokens of a single weight are multiplied by `persistent` on Hopper, which decodes
-once for every 256; fewer, of an N:16 int4 weight, by `staged`, if `STAGED` says how. Of a stack,
-each program has tokens of one expert (`grouping`), on Hopper up to
-128.
+once for every 256; nine to `FEW`, of an N:16 int4 weight, by `staged`. Of a stack, each program has
+tokens of one expert (`grouping`), on Hopper up to 128.
 """
 
 from collections.abc import Iterator
@@ -65,27 +64,15 @@ class Staged(NamedTuple):
 
     each: int
     """Programs that a processor has at a time, if its shared memory has room for them."""
-    fold: bool
-    """Scales are multiplied into the weight: a rounding more, fewer registers."""
-    early: bool
-    """Operands are made before the product before has ended, not their nibbles alone."""
     even: bool
     """Tiles are shared evenly by all programs that run at once; else split (`matmul_splits`)."""
-    steps: int
-    """Of 64 columns that are copied together."""
-    sides: int
-    """Places for what is copied together: one is multiplied, the others' copies are under way."""
-    masked: int = 0
-    """Slots of survivors that are put in place by one shuffle and a mask, not by two shuffles."""
 
 
-STAGED: dict[int, Staged | None] = {
-    8: Staged(5, False, False, True, 4, 2),
-    16: Staged(4, False, False, True, 4, 2),
-    32: Staged(3, False, False, True, 4, 2, 3),
-    64: Staged(3, True, False, True, 2, 3, 5),
-}
-"""By tokens of a program; None leaves them to `wgmma`."""
+STAGED = {16: Staged(4, False), 32: Staged(3, True), 64: Staged(2, True)}
+"""By tokens of a program; of eight, `wgmma` is as fast (an H100, three shapes)."""
+_STEPS, _SIDES = 4, 2
+"""Steps of 64 columns that `staged` copies together, and places for them: one is multiplied, the
+other's copies are under way."""
 
 
 class Plan(NamedTuple):
@@ -126,17 +113,15 @@ def _staged_plan(format: Format, tokens: int) -> tuple[Plan, Staged] | None:
     how = STAGED.get(block)
     if how is None or format.bits != 4 or format.dense:
         return None
-    phase = max(1, how.steps * 64 // format.group)
+    phase = max(1, _STEPS * 64 // format.group)
     constants = {
         **{"KEPT": format.kept, "BITS": 4, "GROUP": format.group, "TOKENS": block},
-        **{"PHASE": phase, "SIDES": how.sides, "FOLD": how.fold, "EARLY": how.early},
-        **{"EVEN": how.even, "MASKED": min(how.masked, format.kept)},
-        **{"WORDS": word_layout(format, WARPS)},
+        **{"PHASE": phase, "SIDES": _SIDES, "EVEN": how.even},
+        "WORDS": word_layout(format, WARPS),
     }
-    # Of 64 columns activations and words; of a group scales and, without `fold`, sums.
-    steps = how.sides * phase * format.group // 64
-    taken = steps * (128 * block + 512 * format.kept)
-    taken += how.sides * phase * (256 + (0 if how.fold else 32 * block))
+    # Of 64 columns activations and words; of a group scales and sums.
+    steps = _SIDES * phase * format.group // 64
+    taken = steps * (128 * block + 512 * format.kept) + _SIDES * phase * (256 + 32 * block)
     each = min(how.each, 228 * KIB // (taken + KIB + 16))
     registers = min(255, 65536 // (WARPS * 32 * each) // 8 * 8)
     return Plan(_staged, block, each, constants, {"launch_pdl": True, "maxnreg": registers}), how
@@ -298,7 +283,7 @@ def _matmul_staged(
 ) -> None:
     """`matmul` of few tokens, all through shared memory."""
     group, tiles = weight.format.group, weight.tiles
-    ordered, sums = _ordered(x, plan.block, group, True, not how.fold, True)
+    ordered, sums = _ordered(x, plan.block, group, True, True, True)
     chunks, blocks = weight.columns // group, -(-len(x) // plan.block)
     shape = (x.device, tiles, chunks, blocks, plan.block, plan.each)
     if how.even:

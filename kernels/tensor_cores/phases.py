@@ -51,7 +51,6 @@ def copy_phase(
     last,
     KEPT: gl.constexpr,
     GROUP: gl.constexpr,
-    FOLD: gl.constexpr,
     WHAT: gl.constexpr = 3,
 ):
     """Starts to copy a phase's groups: `begin`, which is number `first` of its tile, and so on.
@@ -96,14 +95,13 @@ def copy_phase(
             x + ((first * STEPS + step) * lines + line % TOKENS) * 64 + _along(WIDE, 64),
             mask=step < left * STEPS,
         )
-        if not FOLD:
-            line = _lines(NARROW, PHASE * TOKENS)
-            chunk = line // TOKENS
-            async_copy.async_copy_global_to_shared(
-                _sides(place[3], SIDES).index(side),
-                sums + ((first + chunk) * lines + line % TOKENS) * 16 + _along(NARROW, 16),
-                mask=chunk < left,
-            )
+        line = _lines(NARROW, PHASE * TOKENS)
+        chunk = line // TOKENS
+        async_copy.async_copy_global_to_shared(
+            _sides(place[3], SIDES).index(side),
+            sums + ((first + chunk) * lines + line % TOKENS) * 16 + _along(NARROW, 16),
+            mask=chunk < left,
+        )
         async_copy.commit_group()
 
 
@@ -130,9 +128,8 @@ def place_of(
     TOKENS: gl.constexpr,
     PHASE: gl.constexpr,
     SIDES: gl.constexpr,
-    FOLD: gl.constexpr,
 ):
-    """Shared memory of SIDES phases: activations, words, scales of four rows; without FOLD sums."""
+    """Shared memory of SIDES phases: activations, words, scales of four rows, sums."""
     STEPS: gl.constexpr = GROUP // 64
     SHARED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     SUMS: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=2)
@@ -147,10 +144,8 @@ def place_of(
             gl.allocate_shared_memory(gl.int32, [SIDES, PHASE * STEPS * 4, 32], WORDS),
         )
     factors = gl.allocate_shared_memory(gl.int64, [SIDES * PHASE, 32], PLAIN)
-    place = (tiles, words, factors)
-    if not FOLD:
-        place += (gl.allocate_shared_memory(gl.bfloat16, [SIDES * PHASE, TOKENS, 16], SUMS),)
-    return place
+    sums = gl.allocate_shared_memory(gl.bfloat16, [SIDES * PHASE, TOKENS, 16], SUMS)
+    return tiles, words, factors, sums
 
 
 @gluon.jit

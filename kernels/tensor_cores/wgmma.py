@@ -216,7 +216,7 @@ def _halves(values):
 
 
 @gluon.jit
-def quarters(values):
+def _quarters(values):
     first, last = _halves(values)
     return _halves(first) + _halves(last)
 
@@ -349,9 +349,9 @@ def tile_wgmma(
         total *= TINY_TIMES
     number = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, MMA))[None, :]
     if TOKENS > 64:
-        totals = quarters(total)
-        numbers = quarters(number + gl.zeros_like(total).to(gl.int32))
-        row = quarters(row[:, None] + gl.zeros_like(total).to(gl.int32))[0]
+        totals = _quarters(total)
+        numbers = _quarters(number + gl.zeros_like(total).to(gl.int32))
+        row = _quarters(row[:, None] + gl.zeros_like(total).to(gl.int32))[0]
     else:
         totals = (total,)
         numbers = (number,)

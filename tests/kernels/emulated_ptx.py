@@ -84,31 +84,6 @@ def _pair(values: NDArray[np.float64]) -> Bits:
     return bits[..., 0] | bits[..., 1] << np.uint32(16)
 
 
-def _brain_halves(values: Any) -> NDArray[np.float64]:
-    bits = np.asarray(values, np.uint32)
-    return _float(np.stack((bits << np.uint32(16), bits & np.uint32(0xFFFF0000)), -1))
-
-
-def _brain_pair(values: NDArray[np.float64]) -> Bits:
-    """To the nearest, ties to even; they are exact in float32."""
-    bits = _single(values)
-    rounded: Bits = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & 1)) >> np.uint32(16)
-    return rounded[..., 0] | rounded[..., 1] << np.uint32(16)
-
-
-def _permuted(a: Any, b: Any, picks: Any) -> Bits:
-    """Byte i is the one of a and b that nibble i of `picks` names, or eight times its sign."""
-    found = np.asarray(a).astype(np.uint64) | np.asarray(b).astype(np.uint64) << np.uint64(32)
-    result = np.zeros_like(found)
-    for place in range(4):
-        pick = int(picks) >> 4 * place & 15
-        byte = found >> np.uint64(8 * (pick & 7)) & np.uint64(255)
-        if pick > 7:
-            byte = (byte >> np.uint64(7)) * np.uint64(255)
-        result |= byte << np.uint64(8 * place)
-    return result.astype(np.uint32)
-
-
 def _shuffle(values: Bits, index: Bits, clamp: Any, members: Any) -> Bits:
     assert values.shape[-1] == 32 and clamp == 31 and members == 0xFFFFFFFF
     return np.take_along_axis(values, (index & 31).astype(np.int64), -1)
@@ -127,19 +102,11 @@ def _lop3(a: Any, b: Any, c: Any, table: Any) -> Bits:
 _INSTRUCTIONS: dict[str, Callable[..., Bits]] = {
     "mov.b32": lambda a: a,
     "shr.u32": lambda a, b: a >> b,
-    "shl.b32": lambda a, b: a << b,
     "shfl.sync.idx.b32": _shuffle,
     "lop3.b32": _lop3,
     "sub.f32": lambda a, b: _single(_float(a) - _float(b)),
     "fma.rn.f32": lambda a, b, c: _single(_float(a) * _float(b) + _float(c)),
     "add.rn.f16x2": lambda a, b: _pair(_halves(a) + _halves(b)),
     "fma.rn.f16x2": lambda a, b, c: _pair(_halves(a) * _halves(b) + _halves(c)),
-    "mul.rn.bf16x2": lambda a, b: _brain_pair(_brain_halves(a) * _brain_halves(b)),
-    "fma.rn.bf16x2": lambda a, b, c: _brain_pair(
-        _brain_halves(a) * _brain_halves(b) + _brain_halves(c)
-    ),
-    "prmt.b32": _permuted,
-    "mul.lo.u32": lambda a, b: a * b,
-    "mad.lo.u32": lambda a, b, c: a * b + c,
     "cvt.f32.f16": lambda a: _single(_halves(a)[..., 0]),
 }

@@ -27,8 +27,8 @@ EXPECTED = {
     "gfx1201": {"sparse_gather", "dense_gemv"},
 }
 BESIDE = 12
-"""Values that 5:16's programs of 8 and 16 tokens may keep in memory, where no loop over columns
-runs (`wgmma` of 8 by Triton 3.7.1, none by 3.6): five or four of them are to fit a processor."""
+"""Values that 5:16's programs of eight tokens may keep in memory, where no loop over columns runs
+(by Triton 3.7.1; none by 3.6): five of them are to fit a processor."""
 
 
 def is_hot(variant: Variant) -> bool:
@@ -48,8 +48,7 @@ def is_hot(variant: Variant) -> bool:
 def is_tight(entry: Entry) -> bool:
     """Whether it has fewer registers than it would take."""
     own = {name: str(entry.constants.get(name)) for name in ("KEPT", "TOKENS")}
-    tokens = {"tile_wgmma": ("8",), "tile_staged": ("8", "16")}.get(entry.kernel, ())
-    return own["KEPT"] == "5" and own["TOKENS"] in tokens
+    return entry.kernel == "tile_wgmma" and own == {"KEPT": "5", "TOKENS": "8"}
 
 
 def on_whole(variant: Variant) -> Variant:
