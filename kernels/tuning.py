@@ -127,14 +127,16 @@ def matmul_rule(
 
 
 def persistent_programs(
-    device: torch.device, tiles: int, chunks: int, blocks: int, tokens: int
+    device: torch.device, tiles: int, chunks: int, blocks: int, tokens: int, each: int = 1
 ) -> int:
-    """Programs that share all tiles, for each of the `blocks` of `tokens` tokens: one a processor.
+    """Programs that share all tiles, for each of the `blocks` of `tokens` tokens: as many as run.
+
+    A processor has `each` at a time.
 
     No more than there are scale groups, or than there is room for two partial tiles of each.
     """
     room = PARTIALS // (2 * 128 * tokens)
-    return max(1, min(min(_card(device)[1], room) // blocks, tiles * chunks))
+    return max(1, min(min(each * _card(device)[1], room) // blocks, tiles * chunks))
 
 
 def tuned_entries() -> dict[str, dict[str, list[int]]]:

@@ -8,8 +8,8 @@ and bfloat16 in float32; then they are scaled. Bytes moved: the packed weight on
 tokens.
 
 More than `FEW` tokens of a single weight are multiplied by `persistent` on Hopper, which decodes
-once for every 256. Of a stack, each program has tokens of one expert (`grouping`), on Hopper up to
-128.
+once for every 256; nine to `FEW`, of an N:16 int4 weight, by `staged`. Of a stack, each program has
+tokens of one expert (`grouping`), on Hopper up to 128.
 """
 
 from collections.abc import Iterator
@@ -31,6 +31,7 @@ from .grouping import MOST_TOKENS, expert_blocks
 from .mma import tile_mma
 from .persistent import tile_persistent
 from .row_pairs import ROWS, arrange
+from .staged import tile_staged
 from .wgmma import has_tiny, tile_wgmma
 
 WARPS = 4
@@ -43,6 +44,11 @@ _interleaved = Kernel(interleave, grid="cdiv(count, BLOCK)", multiples_of_16=("c
 _mma = Kernel(tile_mma, grid=_GRID, multiples_of_16=_MULTIPLES)
 _wgmma = Kernel(tile_wgmma, grid=_GRID, multiples_of_16=_MULTIPLES)
 _arranged = Kernel(arrange, grid="blocks of TOKENS * columns / BLOCK", multiples_of_16=_MULTIPLES)
+_staged = Kernel(
+    tile_staged,
+    grid="blocks of TOKENS, programs (EVEN), or tiles and splits",
+    multiples_of_16=_MULTIPLES,
+)
 _persistent = Kernel(tile_persistent, grid="blocks of TOKENS, programs", multiples_of_16=_MULTIPLES)
 _BLOCK = 1024
 _PHASES = {8: 768, 16: 768, 32: 384, 64: 384, 128: 128}
@@ -51,6 +57,22 @@ _PROGRAMS_EACH = {16: 4, 32: 3, 64: 2}
 """Of `mma` that fit a processor, by tokens of a program."""
 _HOPPER = tuple(target for target in NVIDIA if target.capability == 90)
 _OTHERS = tuple(target for target in NVIDIA if target.capability != 90)
+
+
+class Staged(NamedTuple):
+    """How `staged` multiplies so many tokens."""
+
+    each: int
+    """Programs that a processor has at a time, if its shared memory has room for them."""
+    even: bool
+    """Tiles are shared evenly by all programs that run at once; else split (`matmul_splits`)."""
+
+
+STAGED = {16: Staged(4, False), 32: Staged(3, True), 64: Staged(2, True)}
+"""By tokens of a program; of eight, `wgmma` is as fast (an H100, three shapes)."""
+_STEPS, _SIDES = 4, 2
+"""Steps of 64 columns that `staged` copies together, and places for them: one is multiplied, the
+other's copies are under way."""
 
 
 class Plan(NamedTuple):
@@ -83,6 +105,26 @@ def _plan(format: Format, tokens: int, hopper: bool, least: int = 16) -> Plan:
     room = (228 * KIB // each - KIB) // (2 * block * (2 * format.group + 32))
     constants |= {"PHASE": min(_PHASES[block] // format.group, room), "AHEAD": ahead}
     return Plan(_wgmma, block, each, constants, {"launch_pdl": True, "maxnreg": registers})
+
+
+def _staged_plan(format: Format, tokens: int) -> tuple[Plan, Staged] | None:
+    """For so many tokens of one weight on Hopper, if `staged` takes them."""
+    block = max(8, 1 << (tokens - 1).bit_length())
+    how = STAGED.get(block)
+    if how is None or format.bits != 4 or format.dense:
+        return None
+    phase = max(1, _STEPS * 64 // format.group)
+    constants = {
+        **{"KEPT": format.kept, "BITS": 4, "GROUP": format.group, "TOKENS": block},
+        **{"PHASE": phase, "SIDES": _SIDES, "EVEN": how.even},
+        "WORDS": word_layout(format, WARPS),
+    }
+    # Of 64 columns activations and words; of a group scales and sums.
+    steps = _SIDES * phase * format.group // 64
+    taken = steps * (128 * block + 512 * format.kept) + _SIDES * phase * (256 + 32 * block)
+    each = min(how.each, 228 * KIB // (taken + KIB + 16))
+    registers = min(255, 65536 // (WARPS * 32 * each) // 8 * 8)
+    return Plan(_staged, block, each, constants, {"launch_pdl": True, "maxnreg": registers}), how
 
 
 def _registers(format: Format, block: int) -> int:
@@ -132,6 +174,12 @@ def variants() -> Iterator[Variant]:
                 plan = _plan(format, tokens, hopper, 8)
                 own = (*["*bf16"] * (3 if hopper else 2), *types)
                 yield Variant(plan.kernel, own, plan.constants, WARPS, 1, targets, plan.options)
+        own = (*["*bf16"] * 3, *weight, "*i32", "*fp32", "*i32", *["i32"] * 6, "fp32")
+        for tokens in STAGED:
+            found = _staged_plan(format, tokens)
+            if found is not None:
+                plan = found[0]
+                yield Variant(plan.kernel, own, plan.constants, WARPS, 1, _HOPPER, plan.options)
         types = ("*bf16", "*bf16", *weight, "*fp32", "*i32", *["i32"] * 5, "fp32")
         for tokens in (128, 192, 256):
             constants, options = _persistent_plan(format, tokens)[1], _options(True)
@@ -169,27 +217,18 @@ def matmul(
         _matmul_persistent(x, weight, out, residual, scale, gated)
         return
     format, columns = weight.format, weight.columns
+    if hopper and experts is None and len(x) <= FEW and fits:
+        found = _staged_plan(format, len(x))
+        if found is not None:
+            _matmul_staged(x, weight, out, residual, scale, gated, *found)
+            return
     # Twice what an expert has on average: most then have room in one block.
     stack = among or weight.experts or 1
     usual = len(x) if experts is None else -(-2 * len(x) // stack)
     plan = _plan(format, usual, hopper, 8 if experts is None else 16)
-    # Whole blocks are read.
-    lines = len(x) + plan.block
     chunks = columns // format.group
-    ordered = x.new_empty(lines * (columns + chunks * 16))
-    sums = ordered[lines * columns :]
     tiny = hopper and has_tiny(format.bits, plan.block)
-    _interleaved.launch(
-        (-(-x.numel() // _BLOCK),),
-        *(ordered, sums, x, x.numel(), columns, lines),
-        constants={
-            **{"TOGETHER": hopper, "GROUP": format.group if tiny else 0},
-            **{"BLOCK": _BLOCK, "OVERLAP": overlap},
-        },
-        warps=4,
-        stages=1,
-        options=_options(overlap),
-    )
+    ordered, sums = _ordered(x, plan.block, format.group, hopper, tiny, overlap)
     partials, counters = workspace(x.device)
     if experts is None:
         blocks, count = counters, -(-len(x) // plan.block)
@@ -203,6 +242,61 @@ def matmul(
         *(out if residual is None else residual, blocks, partials, counters),
         *(len(x), weight.rows, columns),
         *(epilogue_of(residual, gated), int(experts is not None), float(scale)),
+        constants=plan.constants,
+        warps=WARPS,
+        stages=1,
+        options=plan.options,
+    )
+
+
+def _ordered(
+    x: Tensor, block: int, group: int, together: bool, tiny: bool, overlap: bool
+) -> tuple[Tensor, Tensor]:
+    """x in the order of decoded weights; if they are `tiny`, the sums of its groups, too."""
+    # Whole blocks are read.
+    columns, lines = x.shape[1], len(x) + block
+    ordered = x.new_empty(lines * (columns + columns // group * 16))
+    sums = ordered[lines * columns :]
+    _interleaved.launch(
+        (-(-x.numel() // _BLOCK),),
+        *(ordered, sums, x, x.numel(), columns, lines),
+        constants={
+            **{"TOGETHER": together, "GROUP": group if tiny else 0},
+            **{"BLOCK": _BLOCK, "OVERLAP": overlap},
+        },
+        warps=4,
+        stages=1,
+        options=_options(overlap),
+    )
+    return ordered, sums
+
+
+def _matmul_staged(
+    x: Tensor,
+    weight: PackedWeight,
+    out: Tensor,
+    residual: Tensor | None,
+    scale: float,
+    gated: bool,
+    plan: Plan,
+    how: Staged,
+) -> None:
+    """`matmul` of few tokens, all through shared memory."""
+    group, tiles = weight.format.group, weight.tiles
+    ordered, sums = _ordered(x, plan.block, group, True, True, True)
+    chunks, blocks = weight.columns // group, -(-len(x) // plan.block)
+    shape = (x.device, tiles, chunks, blocks, plan.block, plan.each)
+    if how.even:
+        grid: tuple[int, ...] = (blocks, persistent_programs(*shape))
+    else:
+        grid = (blocks, tiles, matmul_splits(*shape))
+    partials, counters = workspace(x.device)
+    plan.kernel.launch(
+        grid,
+        *(out, ordered, sums, weight.codes, weight.scales),
+        *(out if residual is None else residual, counters, partials, counters),
+        *(len(x), weight.rows, weight.columns, tiles),
+        *(epilogue_of(residual, gated), 0, float(scale)),
         constants=plan.constants,
         warps=WARPS,
         stages=1,

@@ -8,8 +8,8 @@ registers. If one is missing, it stores its own, and whoever counts last adds al
 the order of their columns either way: results depend on no timing, and nobody waits for anybody.
 
 Sums of 128 rows and 64 tokens are a pair of tensors [8, 8, 8, 4, 2], of even rows and of odd ones:
-warp, lane's row, eight tokens, lane's tokens, token. So an address is one of the thread's plus what
-is the same for all threads.
+warp (of four: which of its products, and warp), lane's row, eight tokens, lane's tokens, token. So
+an address is one of the thread's plus what is the same for all threads.
 """
 
 from triton.experimental import gluon
@@ -44,7 +44,7 @@ def pieces(values):
         return pieces(first) + pieces(last)
     else:
         # Row 16w + 8b + l is an even one of the tile if b is 0, the next odd one if it is 1.
-        whole = gl.reshape(values, [8, 2, 8, 8, 4, 2])
+        whole = gl.reshape(values, [8, 2, 8, WIDTH // 8, 4, 2])
         return gl.split(gl.permute(whole, [0, 2, 3, 4, 5, 1]))
 
 
@@ -86,9 +86,26 @@ def _areas(partials, sums):
 
 
 @gluon.jit
-def _finish(y, even, odd, residual, epilogue, scale, stop, rows, first_row, first_token):
+def _finish(
+    y,
+    even,
+    odd,
+    residual,
+    epilogue,
+    scale,
+    stop,
+    rows,
+    first_row,
+    first_token,
+    OWN_ROWS: gl.constexpr,
+):
     """Stores a piece's results: those of two rows are one word, or one number if they are gated."""
-    row = first_row + _unknown(_along(_WARP, even) * 16 + _along(_ROW, even) * 2)
+    warp = _along(_WARP, even)
+    if OWN_ROWS == 4:
+        row = warp % 4 * 32 + warp // 4 * 2 + _along(_ROW, even) * 4
+    else:
+        row = warp * 16 + _along(_ROW, even) * 2
+    row = first_row + _unknown(row)
     token = first_token + _unknown(_along(_LANE, even) * 2)
     number = _along(_EIGHT, even) * 8 + _along(_TOKEN, even)
     pairs = _unknown(rows) // 2
@@ -134,14 +151,17 @@ def meet_neighbours(
     first_row,
     first_token,
     TOKENS: gl.constexpr,
+    OWN_ROWS: gl.constexpr = 2,
 ):
     """Adds up and stores a tile of which this program has some steps, all being first to last - 1.
 
     `totals` are its `pieces`; `stop` ends the tokens there are. `partials` has room for two tiles
-    of each program: what it has of a tile that it does not own, and of one that it does.
+    of each program: what it has of a tile that it does not own, and of one that it does. Lanes
+    have OWN_ROWS rows of the weight: two, next to each other (`row_pairs`), or four (`decode`).
     """
     SIZE: gl.constexpr = _TILE * TOKENS
-    PIECE: gl.constexpr = _TILE * 64
+    WIDTH: gl.constexpr = min(TOKENS, 64)
+    PIECE: gl.constexpr = _TILE * WIDTH
     owner = _program_of(first, programs, steps)
     end = _program_of(last - 1, programs, steps)
     mine = program == owner
@@ -154,7 +174,7 @@ def meet_neighbours(
             arrived = gl.atomic_add(counter, 0, sem="acq_rel")
         if arrived < others:
             own = partials + (2 * program + mine.to(gl.int32)) * SIZE
-            for i in gl.static_range(TOKENS // 64):
+            for i in gl.static_range(TOKENS // WIDTH):
                 evens, odds = _areas(own + i * PIECE, totals[2 * i])
                 gl.store(evens, totals[2 * i])
                 gl.store(odds, totals[2 * i + 1])
@@ -162,7 +182,7 @@ def meet_neighbours(
             stored = True
             complete = gl.atomic_add(counter, 1, sem="acq_rel") == others
     if complete:
-        for i in gl.static_range(TOKENS // 64):
+        for i in gl.static_range(TOKENS // WIDTH):
             even, odd = totals[2 * i], totals[2 * i + 1]
             if stored:
                 evens, odds = _areas(partials + (2 * owner + 1) * SIZE + i * PIECE, even)
@@ -176,7 +196,7 @@ def meet_neighbours(
                 odd += more_odd
             _finish(
                 *(y, even, odd, residual, epilogue, scale, stop, rows),
-                *(first_row, first_token + 64 * i),
+                *(first_row, first_token + WIDTH * i, OWN_ROWS),
             )
         if others > 0:
             gl.atomic_xchg(counter, 0, sem="relaxed")

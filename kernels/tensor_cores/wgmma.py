@@ -32,6 +32,17 @@ _FETCHED = gl.constexpr(2)
 """Groups of columns brought into the L2 cache before they are loaded."""
 
 
+FOURS = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[],
+        lane_bases=[[0], [0], [1], [2], [4]],
+        warp_bases=[[8], [16]],
+        block_bases=[],
+        shape=[32],
+    )
+)
+"""Of the scales of four rows, as the lanes have words."""
+
 # The float32 of four bfloat16.
 _FOUR = gl.constexpr(
     "{ .reg .b32 low, high; mov.b64 {low, high}, $4;"
@@ -47,7 +58,7 @@ def has_tiny(bits, tokens):
 
 
 @gluon.jit
-def _factors(four, ROWS: gl.constexpr):
+def factors_of(four, ROWS: gl.constexpr):
     """float32 [128] of the scales of lanes' four rows, in the order of the sums."""
     row0, row1, row2, row3 = gl.inline_asm_elementwise(
         _FOUR,
@@ -64,6 +75,14 @@ def _factors(four, ROWS: gl.constexpr):
 
 
 @gluon.jit
+def left_of(wide, LEFT: gl.constexpr):
+    """bfloat16 [128, 64] as wgmma's left operand of what `widened` gave."""
+    # From warp, lane, group, half, row, row, i, e, f: row, warp, row, lane by the others.
+    wide = gl.permute(wide, [4, 0, 5, 1, 3, 6, 7, 2, 8])
+    return gl.convert_layout(gl.reshape(wide, [_TILE, 64]), LEFT, assert_trivial=True)
+
+
+@gluon.jit
 def _decoded(
     nibbles,
     factor,
@@ -74,10 +93,7 @@ def _decoded(
     LEFT: gl.constexpr,
 ):
     """bfloat16 [128, 64] of the weight as wgmma's left operand; times the rows' scales if FOLD."""
-    wide = widened(nibbles, KEPT, BITS, TINY)
-    # From warp, lane, group, half, row, row, i, e, f: row, warp, row, lane by the others.
-    wide = gl.permute(wide, [4, 0, 5, 1, 3, 6, 7, 2, 8])
-    left = gl.convert_layout(gl.reshape(wide, [_TILE, 64]), LEFT, assert_trivial=True)
+    left = left_of(widened(nibbles, KEPT, BITS, TINY), LEFT)
     if FOLD:
         factor = gl.convert_layout(factor, gl.SliceLayout(1, LEFT))[:, None]
         left = gl.inline_asm_elementwise(
@@ -188,7 +204,7 @@ def _phase(
             else:
                 part, _ = warpgroup_mma_wait(num_outstanding=0, deps=(running, left))
         if not FOLD:
-            total += part * _factors(now, gl.SliceLayout(1, MMA))[:, None]
+            total += part * factors_of(now, gl.SliceLayout(1, MMA))[:, None]
     return total, part, nibbles, factor, queue
 
 
@@ -241,13 +257,6 @@ def tile_wgmma(
     SHARED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     SHARED_SUMS: gl.constexpr = gl.NVMMASharedLayout(
         swizzle_byte_width=32, element_bitwidth=16, rank=2
-    )
-    FOURS: gl.constexpr = gl.DistributedLinearLayout(
-        reg_bases=[],
-        lane_bases=[[0], [0], [1], [2], [4]],
-        warp_bases=[[8], [16]],
-        block_bases=[],
-        shape=[32],
     )
     EACH: gl.constexpr = words_a_column(KEPT, BITS)
     STEPS: gl.constexpr = GROUP // 64

@@ -21,7 +21,7 @@ EXPECTED = {
     "sm_89": {"sparse_gemv", "token_pairs", "tile_mma", "dense_gemv", "interleave"},
     "sm_90": {
         *{"sparse_gemv", "token_pairs", "tile_wgmma", "dense_gemv", "interleave"},
-        *{"tile_persistent", "arrange"},
+        *{"tile_persistent", "tile_staged", "arrange"},
     },
     "gfx1100": {"sparse_gather", "dense_gemv"},
     "gfx1201": {"sparse_gather", "dense_gemv"},
@@ -38,7 +38,8 @@ def is_hot(variant: Variant) -> bool:
         return True
     if variant.kernel.name == "dense_gemv":
         return bits == 4
-    products = ("sparse_gemv", "sparse_gather", "tile_mma", "tile_wgmma", "tile_persistent")
+    products = {"sparse_gemv", "sparse_gather", "tile_mma"}
+    products |= {"tile_wgmma", "tile_persistent", "tile_staged"}
     return (
         variant.kernel.name in products and group == 128 and (kept == 5 or (kept, bits) == (16, 4))
     )
@@ -119,3 +120,19 @@ def test_as_many_programs_fit_a_hopper_processor_as_products_are_split_for(forma
         assert plan.each * (binary.shared + KIB) <= 228 * KIB
         assert plan.each * binary.threads * registers <= 65536
     assert [plan.each for plan in plans.values()][1:] == [4, 3, 2]
+
+
+@pytest.mark.parametrize("format", ["5:16-int4-g128", "5:16-int4-g64", "8:16-int4-g128"])
+def test_as_many_staged_programs_fit_a_hopper_processor_as_are_started(format: str) -> None:
+    (target,) = (each for each in ALL if each.name == "sm_90")
+    found = [each for each in matmul.variants() if each.targets == (target,)]
+    for tokens in matmul.STAGED:
+        planned = matmul._staged_plan(Format.parse(format), tokens)
+        if planned is None:
+            continue
+        plan = planned[0]
+        (variant,) = (each for each in found if each.constants == plan.constants)
+        binary, assembly = compile_variant(variant, target)
+        registers = resources(binary, assembly, target).registers
+        assert plan.each * (binary.shared + KIB) <= 228 * KIB
+        assert plan.each * binary.threads * registers <= 65536

@@ -11,7 +11,7 @@ from conclave.kernels.launching.launch import Kernel
 from conclave.kernels.layouts import pack, unpack
 from conclave.kernels.tensor_cores import decode
 from conclave.kernels.tensor_cores import matmul as module
-from conclave.kernels.tensor_cores.matmul import matmul
+from conclave.kernels.tensor_cores.matmul import Staged, matmul
 
 from . import emulated_ptx
 
@@ -152,6 +152,36 @@ def test_any_number_of_splits(text: str, tokens: int, monkeypatch: pytest.Monkey
         monkeypatch.setattr(module, "matmul_splits", asked)
         error, most = product(weight, x, "residual")
         assert error <= most, splits
+
+
+@on_card
+@pytest.mark.parametrize("even", [False, True])
+@pytest.mark.parametrize("each", [1, 2, 3, 4])
+def test_both_ways_to_share_tiles(even: bool, each: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for tokens in module.STAGED:
+        monkeypatch.setitem(module.STAGED, tokens, Staged(each, even))
+        for text in ("5:16-int4-g128", "6:16-int4-g64"):
+            weight = random_weight(text, 1408, 1408)
+            for kind in KINDS:
+                error, most = product(weight, activations(tokens - 1, 1408), kind)
+                assert error <= most, (tokens, text, kind)
+
+
+@on_card
+@pytest.mark.parametrize("each", [1, 2, 3, 17, 400])
+@pytest.mark.parametrize("tokens", [32, 64])
+def test_any_number_of_staged_programs(
+    each: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some have parts of three tiles, some tiles parts of many programs."""
+
+    def asked(_: torch.device, tiles: int, chunks: int, *__: int) -> int:
+        return min(each, tiles * chunks)
+
+    monkeypatch.setattr(module, "persistent_programs", asked)
+    weight = random_weight("5:16-int4-g128", 1000, 1536)
+    error, most = product(weight, activations(tokens, 1536), "residual", repeats=5)
+    assert error <= most
 
 
 @on_card
