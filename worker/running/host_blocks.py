@@ -9,7 +9,7 @@ No copy takes memory: where that has run out, a step may fail, but what lies whe
 it gave up: narrow numbers, whose second digits lie elsewhere.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
@@ -97,8 +97,14 @@ class HostBlocks:
         self._tiers.clear()
 
     def _restore(self, moves: Sequence[Moves]) -> None:
-        for tier, own in zip(self._tiers, moves, strict=True):
-            tier.restore(own.restored, self._lanes)
+        # All lists first: a copy from memory that is not locked waits for all copies before it.
+        told = [tier.listed(own.restored) for tier, own in zip(self._tiers, moves, strict=True)]
+        for lane in self._lanes[1:]:
+            lane.wait_stream(self._lanes[0])
+        for tier, pairs in zip(self._tiers, told, strict=True):
+            tier.restore(pairs, self._lanes)
+        for lane in self._lanes[1:]:
+            self._lanes[0].wait_stream(lane)
 
     def _arrive(self) -> None:
         if self._arrived is not None:
@@ -108,7 +114,7 @@ class HostBlocks:
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """What goes through the buffer at once."""
+    """What goes through a lane of the buffer at once."""
 
     lane: int
     rows: Tensor
@@ -143,7 +149,7 @@ class _Tier:
 
     def spill(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies (block, slot) to the host."""
-        for batch in self._batches([(slot, block) for block, slot in pairs]):
+        for batch in self._batches(self.listed([(slot, block) for block, slot in pairs])):
             if self._fetcher is not None:
                 self._fetcher.collect(batch.listed)
             else:
@@ -154,11 +160,8 @@ class _Tier:
                 self._slots[slot : slot + count].copy_(rows, non_blocking=True)
 
     def restore(self, pairs: Sequence[tuple[int, int]], lanes: Sequence[Any]) -> None:
-        """Copies (slot, block) to the device, on these streams; the first is the current one."""
-        batches = self._batches(pairs)
-        for lane in lanes[1:]:
-            lane.wait_stream(lanes[0])
-        for batch in batches:
+        """Copies (slot, block) to the device, on these streams; they are the last `listed`."""
+        for batch in self._batches(pairs):
             with torch.cuda.stream(lanes[batch.lane]) if lanes else nullcontext():
                 for row, slot, count in batch.runs:
                     rows = batch.rows[row : row + count]
@@ -168,32 +171,31 @@ class _Tier:
                     continue
                 for own, place in zip(self._parts, self._offsets, strict=True):
                     own[batch.blocks] = batch.rows[:, place : place + own.shape[1]]
-        for lane in lanes[1:]:
-            lanes[0].wait_stream(lane)
 
-    def _batches(self, pairs: Sequence[tuple[int, int]]) -> list[_Batch]:
-        """(slot, block), as many at a time as a lane holds, in the order of slots."""
-        if not pairs:
-            return []
-        each, count = self._each, -(-len(pairs) // self._each)
-        slots, blocks = torch.tensor(sorted(pairs), dtype=torch.int32).T
-        rows = torch.arange(count * each, dtype=torch.int32) % (LANES * each)
-        padded = torch.zeros(count * each, dtype=torch.int32)
-        padded[: len(blocks)] = blocks
-        listed = torch.zeros(count, self._lists.shape[1], dtype=torch.int32)
-        listed[:, 0] = (len(blocks) - torch.arange(0, count * each, each)).clamp(max=each)
-        listed[:, 1 : 1 + 2 * each] = torch.cat((rows.view(count, -1), padded.view(count, -1)), 1)
-        # At once: a copy from memory that is not locked waits for all copies before it.
-        self._lists[:count] = listed
-        batches = []
-        for number, (theirs, own) in enumerate(
-            zip(slots.split(each), blocks.split(each), strict=True)
-        ):
-            lane = number % LANES
-            places = self._buffer[lane * each : lane * each + len(own)]
-            told = self._lists[number, : 1 + 2 * each]
-            batches.append(_Batch(lane, places, _runs(theirs.tolist()), own.tolist(), told))
-        return batches
+    def listed(self, pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """(slot, block) in the order of slots; for the device, a list of each batch of them."""
+        ordered = sorted(pairs)
+        if self._fetcher is not None and ordered:
+            each, count = self._each, -(-len(ordered) // self._each)
+            rows = torch.arange(count * each, dtype=torch.int32) % (LANES * each)
+            blocks = torch.zeros(count * each, dtype=torch.int32)
+            blocks[: len(ordered)] = torch.tensor([block for _, block in ordered])
+            lists = torch.zeros(count, self._lists.shape[1], dtype=torch.int32)
+            lists[:, 0] = (len(ordered) - torch.arange(0, count * each, each)).clamp(max=each)
+            lists[:, 1 : 1 + 2 * each] = torch.cat(
+                (rows.view(count, -1), blocks.view(count, -1)), 1
+            )
+            self._lists[:count] = lists
+        return ordered
+
+    def _batches(self, ordered: Sequence[tuple[int, int]]) -> Iterator[_Batch]:
+        """As many at a time as a lane holds."""
+        each = self._each
+        for number, at in enumerate(range(0, len(ordered), each)):
+            own, lane = ordered[at : at + each], number % LANES
+            rows = self._buffer[lane * each : lane * each + len(own)]
+            runs, blocks = _runs([slot for slot, _ in own]), [block for _, block in own]
+            yield _Batch(lane, rows, runs, blocks, self._lists[number, : 1 + 2 * each])
 
 
 def _fetcher(buffer: Tensor, parts: Sequence[Tensor], offsets: Sequence[int]) -> Fetcher:
