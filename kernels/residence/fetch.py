@@ -1,14 +1,16 @@
-"""Experts on the list of `claim` brought from locked host memory into their slots, by processors.
+"""Records brought into rows of stacks, and back, as a list on the device says.
 
-Copy engines need a host that knows what to copy; here the list is known on the device alone. An
-expert lies on the host in one piece, and on the device in a stack of slots for each of its parts.
-Programs take 16 KiB at a time, eight loads of 16 bytes in flight in each thread. On an H100 that
-reaches 49 GB/s of 55 for eight experts of 3 MB and 39 for one, which a miss must bear; what comes
-by prediction comes while others compute. What it gave up: bulk copies by TMA (untested).
+A record lies in one piece: an expert in locked host memory, or a cache's block in a buffer. Its
+parts go into the same row of a stack for each of them: slots of experts' weights, or the layers'
+keys and values. Copy engines need a host that knows what to copy, and one copy for each part.
+
+Programs take 16 KiB at a time, eight loads of 16 bytes in flight in each thread. From the host's
+memory an H100 reaches 49 GB/s of 55 for eight experts of 3 MB and 39 for one, which a miss must
+bear; what comes by prediction comes while others compute. What it gave up: bulk copies by TMA
+(untested).
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import product
 
 import torch
 import triton
@@ -17,7 +19,6 @@ from torch import Tensor
 
 from ..errors import KernelInputError
 from ..launching.launch import Kernel, Variant
-from .table import SlotTable
 
 _WORDS = 2048
 """int64 that a program takes at a time."""
@@ -26,92 +27,83 @@ _PROGRAMS = 32
 """They fill the link: 128 are as fast alone, but whoever computes beside them is slower (a step of
 the 26B shape 0.9 ms of 6.6, on an H100)."""
 _FIELDS = tl.constexpr(4)
+FETCH, POISON, COLLECT = range(3)
+_POISON, _COLLECT = tl.constexpr(POISON), tl.constexpr(COLLECT)
 
 
 @triton.jit
-def _fetch(
-    fetches,
-    addresses,
-    parts,
-    chunks,
-    experts,
-    PARTS: tl.constexpr,
-    WORDS: tl.constexpr,
-    POISON: tl.constexpr,
-):
+def _move(listed, records, chunks, count, room, WORDS: tl.constexpr, WAY: tl.constexpr):
     pair = tl.arange(0, WORDS // 2)[:, None]
     word = tl.arange(0, 2)[None, :]
-    for item in range(tl.program_id(0), tl.load(fetches) * chunks, tl.num_programs(0)):
-        index = item // chunks
-        chunk = item % chunks
-        expert = tl.load(fetches + 1 + index)
-        slot = tl.load(fetches + 1 + experts + index).to(tl.int64)
-        source = tl.load(addresses + expert)
-        # The last part that begins at or before this chunk.
-        begin = tl.load(parts)
-        offset = tl.load(parts + 1)
-        stack = tl.load(parts + 2)
-        size = tl.load(parts + 3)
-        for part in tl.static_range(1, PARTS):
-            first = tl.load(parts + part * _FIELDS)
-            here = chunk >= first
-            begin = tl.where(here, first, begin)
-            offset = tl.where(here, tl.load(parts + part * _FIELDS + 1), offset)
-            stack = tl.where(here, tl.load(parts + part * _FIELDS + 2), stack)
-            size = tl.where(here, tl.load(parts + part * _FIELDS + 3), size)
-        start = (chunk - begin) * WORDS
-        inside = 2 * pair < size // 8 - start
-        place = start + 2 * pair + word
-        target = tl.multiple_of((stack + slot * size).to(tl.pointer_type(tl.int64)), 16) + place
-        if POISON:
-            tl.store(target, tl.full([WORDS // 2, 2], -1, tl.int64), mask=inside)
+    for item in range(tl.program_id(0), tl.load(listed) * count, tl.num_programs(0)):
+        index = item // count
+        own = chunks + item % count * _FIELDS
+        record = tl.load(records + tl.load(listed + 1 + index)) + tl.load(own)
+        row = tl.load(listed + 1 + room + index).to(tl.int64)
+        place = tl.load(own + 1) + row * tl.load(own + 2)
+        inside = 2 * pair < tl.load(own + 3)
+        there = tl.multiple_of(record.to(tl.pointer_type(tl.int64)), 16) + 2 * pair + word
+        here = tl.multiple_of(place.to(tl.pointer_type(tl.int64)), 16) + 2 * pair + word
+        if WAY == _POISON:
+            tl.store(here, tl.full([WORDS // 2, 2], -1, tl.int64), mask=inside)
+        elif WAY == _COLLECT:
+            tl.store(there, tl.load(here, mask=inside, other=0), mask=inside)
         else:
-            origin = tl.multiple_of((source + offset).to(tl.pointer_type(tl.int64)), 16) + place
-            tl.store(target, tl.load(origin, mask=inside, other=0), mask=inside)
+            tl.store(here, tl.load(there, mask=inside, other=0), mask=inside)
 
 
-_fetched = Kernel(_fetch, name="fetch_slots", grid=str(_PROGRAMS))
+_moved = Kernel(_move, name="move_records", grid=str(_PROGRAMS))
 
 
 def variants() -> Iterator[Variant]:
-    """What the bundle holds: plain experts, and those with codes, positions and scales."""
+    """What the bundle holds."""
     types = ("*i32", "*i64", "*i64", "i32", "i32")
-    for parts, poison in product((2, 4, 6), (False, True)):
-        constants = {"PARTS": parts, "WORDS": _WORDS, "POISON": poison}
-        yield Variant(_fetched, types, constants, _WARPS, 1)
+    for way in (FETCH, POISON, COLLECT):
+        yield Variant(_moved, types, {"WORDS": _WORDS, "WAY": way}, _WARPS, 1)
 
 
 class Fetcher:
-    """Brings experts of one kind.
+    """Moves records of one kind. Lists are int32 [1 + 2 * n]: how many, which records, which rows.
 
     Args:
-        addresses: int64 [layers * experts], of each expert's bytes in host memory that the device
-            can read, in multiples of 16.
-        stacks: of each part of an expert, uint8 [slots, bytes], bytes in multiples of 16.
-        offsets: where in an expert's bytes each part begins, in multiples of 16.
+        records: int64 [count], the address of each, a multiple of 16 that the device can read.
+        stacks: of each part of a record, uint8 [rows, bytes], bytes in multiples of 16.
+        offsets: where in a record each part begins, in multiples of 16.
 
     Raises KernelInputError if one is no multiple of 16.
     """
 
-    def __init__(self, addresses: Tensor, stacks: Sequence[Tensor], offsets: Sequence[int]) -> None:
-        self.addresses = addresses
-        self._chunks = 0
-        rows: list[list[int]] = []
+    def __init__(self, records: Tensor, stacks: Sequence[Tensor], offsets: Sequence[int]) -> None:
+        self._records = records
+        chunks: list[list[int]] = []
         for stack, offset in zip(stacks, offsets, strict=True):
             size = stack.shape[1]
             if size % 16 or offset % 16 or stack.data_ptr() % 16 or not stack.is_contiguous():
                 raise KernelInputError(f"a part of {size} bytes at {offset}: no multiples of 16")
-            rows.append([self._chunks, offset, stack.data_ptr(), size])
-            self._chunks += -(-size // (8 * _WORDS))
+            for begin in range(0, size, 8 * _WORDS):
+                own = (
+                    offset + begin,
+                    stack.data_ptr() + begin,
+                    size,
+                    min(_WORDS, (size - begin) // 8),
+                )
+                chunks.append(list(own))
         self._stacks = stacks  # keeps what the addresses point to
-        self._table = torch.tensor(rows, dtype=torch.int64, device=addresses.device)
+        self._chunks = torch.tensor(chunks, dtype=torch.int64, device=records.device)
 
-    def fetch(self, table: SlotTable, poison: bool = False) -> None:
-        """All on the table's list; or fill their slots with NaN, if `poison`."""
-        _fetched.launch(
+    def fetch(self, listed: Tensor, poison: bool = False) -> None:
+        """The records of a list into their rows; or fill the rows with NaN, if `poison`."""
+        self._move(listed, POISON if poison else FETCH)
+
+    def collect(self, listed: Tensor) -> None:
+        """The rows of a list into their records."""
+        self._move(listed, COLLECT)
+
+    def _move(self, listed: Tensor, way: int) -> None:
+        _moved.launch(
             (_PROGRAMS,),
-            *(table.fetches, self.addresses, self._table, self._chunks, table.experts),
-            constants={"PARTS": len(self._stacks), "WORDS": _WORDS, "POISON": poison},
+            *(listed, self._records, self._chunks, len(self._chunks), len(listed) // 2),
+            constants={"WORDS": _WORDS, "WAY": way},
             warps=_WARPS,
             stages=1,
         )

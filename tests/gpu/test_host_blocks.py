@@ -8,6 +8,7 @@ import torch
 
 from conclave.worker import Engine
 from conclave.worker.model.config import CacheGroup
+from conclave.worker.running import host_blocks
 from conclave.worker.running.host_blocks import HostBlocks
 from conclave.worker.scheduling.tier import Moves
 
@@ -19,8 +20,12 @@ MODEL = Path(__file__).parents[2] / "examples" / "models" / "debian-8m-dense"
 COUNT, BLOCKS = 48, 96
 
 
-def test_copies_keep_their_order_beside_a_busy_device() -> None:
+@pytest.mark.parametrize("buffer", [1 << 20, 1 << 24])
+def test_copies_keep_their_order_beside_a_busy_device(
+    buffer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each turn computes long, then writes over blocks that are going and reads those that came."""
+    monkeypatch.setattr(host_blocks, "HOST_BUFFER", buffer)
     device = torch.device("cuda")
     group = CacheGroup(None, (0,), 0)
     keys, values = (

@@ -105,7 +105,7 @@ def test_kernels_decide_and_fetch_as_plain_python(run: Any) -> None:
             assert torch.equal(own, expected[name]), name
         assert reference.wanted(ours) == reference.wanted(wanted)
         for poison in (True, False):
-            fetcher.fetch(ours, poison)
+            fetcher.fetch(ours.fetches, poison)
             reference.fetch(wanted, blocks, plain, OFFSETS, poison)
             for own, other in zip(stacks, plain, strict=True):
                 assert torch.equal(own.cpu(), other)
@@ -132,7 +132,7 @@ def bytes_of(experts: int, seed: int) -> Tensor:
 @pytest.mark.kernel
 @pytest.mark.parametrize("size", [16, 16384, 16400, 50000 // 16 * 16])
 def test_parts_of_all_sizes_arrive_whole(size: int) -> None:
-    """One chunk, some, and one that is not full; two experts of one list."""
+    """One chunk, some, and one that is not full; two experts of one list. And back again."""
     table = SlotTable.empty(1, 3, 3, here())
     claim(table, 0, torch.tensor([[0, 2]], device=here()))
     words = torch.randint(1 << 60, (3, 32 + size // 8))
@@ -143,12 +143,19 @@ def test_parts_of_all_sizes_arrive_whole(size: int) -> None:
     ]
     row = words.shape[1] * 8
     addresses = torch.tensor([words.data_ptr() + row * each for each in range(3)], device=here())
-    Fetcher(addresses, stacks, (0, 256)).fetch(table)
+    Fetcher(addresses, stacks, (0, 256)).fetch(table.fetches)
     source = words.view(torch.uint8)
     for expert, slot in ((0, 0), (2, 1)):
         assert torch.equal(stacks[0][slot].cpu(), source[expert, :16])
         assert torch.equal(stacks[1][slot].cpu(), source[expert, 256:])
     assert not stacks[1][2].any()
+    back = torch.zeros(words.shape, dtype=torch.int64, device=here())
+    places = back.data_ptr() + row * torch.arange(3, device=here())
+    Fetcher(places, stacks, (0, 256)).collect(table.fetches)
+    for own, its in zip(back.view(torch.uint8).cpu(), source, strict=True):
+        came = torch.equal(own[:16], its[:16]) and torch.equal(own[256:], its[256:])
+        assert came or not own.any()
+    assert back.any(1).tolist() == [True, False, True]
 
 
 def test_worth_is_how_often_and_how_lately() -> None:

@@ -55,7 +55,7 @@ def plan(
     max_step_tokens: Annotated[int, typer.Option(help="as the engine's")] = 512,
     stream_experts: Annotated[
         bool, typer.Option(help="as the engine's: slots for single experts, by an assumed hit rate")
-    ] = False,
+    ] = True,
     link: Annotated[float | None, typer.Option(help="GB/s from the host")] = None,
     memory_rate: Annotated[float | None, typer.Option(help="GB/s of weights read")] = None,
     compute_rate: Annotated[float | None, typer.Option(help="TFLOP/s of products")] = None,

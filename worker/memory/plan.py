@@ -13,7 +13,7 @@ from ..config import EngineConfig
 from ..errors import ConfigError
 from ..model.config import ModelConfig, cache_groups
 from ..model.storage import Storage
-from ..scheduling.sizing import HOST_BUFFER, cache_bytes, context_of
+from ..scheduling.sizing import HOST_BUFFER, LANES, cache_bytes, context_of
 from ..scheduling.workspace import workspace
 from .experts.slots import ExpertSlots, choose_slots, fewest_slots
 from .residency import Residency, choose, least
@@ -70,7 +70,7 @@ def plan_memory(
     context = context_of(config, model.max_position_embeddings)
     step = workspace(config, model, context, dtype_size, storage.expanded)
     if config.kv_host_gib is not None:
-        step += max(HOST_BUFFER, *(each * config.block_size for each in token_bytes))
+        step += max(HOST_BUFFER, *(LANES * each * config.block_size for each in token_bytes))
     groups, limit = cache_groups(model), model.max_position_embeddings
     one, wanted = cache_bytes(config, groups, limit, token_bytes)
     ahead, left = config.knobs.ahead, budget - storage.rest - step

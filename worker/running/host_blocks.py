@@ -1,25 +1,32 @@
 """Blocks of keys and values in locked host memory, and their copies to and from the device.
 
-A block lies there whole, all layers of its group together, so that a copy is large enough for the
-link's full rate; on the device a buffer collects it from the layers' tensors. Copies to the host
-are made by the stream that computes, as the next step writes over what they read. Copies back have
-a stream of their own and run beside a step that does not need them. No copy takes memory: where
-that has run out, a step may fail, but what lies where stays known. What it gave up: narrow numbers,
-whose second digits lie elsewhere.
+A block lies there whole, all layers of its group together, and blocks that lie side by side are
+copied together, so that a copy is large enough for the link's full rate; on the device a kernel
+collects a buffer from the layers' tensors, or shares it out to them. Copies to the host are made by
+the stream that computes, as the next step writes over what they read. Copies back have two streams
+of their own and run beside a step that does not need them: while one shares out, the other copies.
+No copy takes memory: where that has run out, a step may fail, but what lies where stays known. What
+it gave up: narrow numbers, whose second digits lie elsewhere.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import accumulate
 from operator import mul
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...kernels.errors import KernelInputError
+from ...kernels.residence.fetch import Fetcher
 from ..errors import ConfigError
 from ..memory.device import host_memory
 from ..memory.host import HostBlock
 from ..memory.plan import gib
 from ..model.config import CacheGroup
-from ..scheduling.sizing import HOST_BUFFER
+from ..scheduling.sizing import HOST_BUFFER, LANES
 from ..scheduling.tier import Moves
 from .caches import Tensors
 
@@ -42,8 +49,10 @@ class HostBlocks:
             [_rows(own) for layer in group.layers for own in tensors[layer]] for group in groups
         ]
         sizes = [sum(own.shape[1] for own in group) for group in parts]
-        buffer = torch.empty(max(HOST_BUFFER, *sizes), dtype=torch.uint8, device=device)
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        room = max(HOST_BUFFER, LANES * max(sizes))
+        buffer = torch.empty(room, dtype=torch.uint8, device=device)
+        on_card = device.type == "cuda"
+        self._lanes = [torch.cuda.Stream(device) for _ in range(LANES)] if on_card else []
         self._arrived: torch.cuda.Event | None = None
         needed, there = sum(map(mul, slots, sizes)), host_memory()
         if needed > there:
@@ -67,15 +76,15 @@ class HostBlocks:
         self._arrive()
         for tier, own in zip(self._tiers, moves, strict=True):
             tier.spill(own.spilled)
-        if self._stream is None:
-            self._restore(moves)
-            return
         if not any(own.restored for own in moves):
             return
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
+        if not self._lanes:
             self._restore(moves)
-            self._arrived = self._stream.record_event()
+            return
+        self._lanes[0].wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._lanes[0]):
+            self._restore(moves)
+            self._arrived = self._lanes[0].record_event()
         if wait:
             self._arrive()
 
@@ -89,7 +98,7 @@ class HostBlocks:
 
     def _restore(self, moves: Sequence[Moves]) -> None:
         for tier, own in zip(self._tiers, moves, strict=True):
-            tier.restore(own.restored)
+            tier.restore(own.restored, self._lanes)
 
     def _arrive(self) -> None:
         if self._arrived is not None:
@@ -97,58 +106,113 @@ class HostBlocks:
             self._arrived = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What goes through the buffer at once."""
+
+    lane: int
+    rows: Tensor
+    """The part of the buffer, [n, bytes]."""
+    runs: list[tuple[int, int, int]]
+    """First row, first slot on the host, how many."""
+    blocks: list[int]
+    listed: Tensor
+    """For `Fetcher`."""
+
+
 class _Tier:
     """The host's blocks of one group; `parts` are [blocks, bytes] of each of its tensors."""
 
     def __init__(self, parts: Sequence[Tensor], size: int, slots: int, buffer: Tensor) -> None:
-        # Eight bytes at a time where that fits: a copy on the device moves numbers, not bytes.
-        wide = all(own.shape[1] % 8 == 0 for own in parts)
-        dtype = torch.int64 if wide else torch.uint8
-        self._parts = [own.view(dtype) for own in parts]
-        self._blocks = torch.empty(len(parts[0]), dtype=torch.int64, device=buffer.device)
-        rows = len(buffer) // size
-        self._buffer = buffer[: rows * size].view(rows, size).view(dtype)
+        self._parts = parts
+        self._offsets = [0, *accumulate(own.shape[1] for own in parts)][:-1]
+        self._each = len(buffer) // LANES // size
+        """Blocks in a lane."""
+        self._buffer = buffer[: LANES * self._each * size].view(-1, size)
+        width = -(-(1 + 2 * self._each) // 4) * 4  # so that all begin at multiples of 16 bytes
+        most = -(-len(parts[0]) // self._each)
+        self._lists = torch.zeros(most, width, dtype=torch.int32, device=buffer.device)
+        self._fetcher = _fetcher(self._buffer, parts, self._offsets) if buffer.is_cuda else None
         self.memory = HostBlock(
             slots * size, "keys and values (kv_host_gib)", "or lower kv_host_gib"
         )
         self.memory.memory.zero_()
         if buffer.is_cuda:
             self.memory.lock()
-        self._slots = self.memory.memory.view(slots, size).view(dtype)
+        self._slots = self.memory.memory.view(slots, size)
 
     def spill(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies (block, slot) to the host."""
-        for part, blocks in self._batches(pairs, [block for block, _ in pairs]):
-            rows, begin = self._buffer[: len(part)], 0
-            for own in self._parts:
-                end = begin + own.shape[1]
-                torch.index_select(own, 0, blocks, out=rows[:, begin:end])
-                begin = end
-            for row, (_, slot) in zip(rows, part, strict=True):
-                self._slots[slot].copy_(row, non_blocking=True)
+        for batch in self._batches([(slot, block) for block, slot in pairs]):
+            if self._fetcher is not None:
+                self._fetcher.collect(batch.listed)
+            else:
+                for own, place in zip(self._parts, self._offsets, strict=True):
+                    batch.rows[:, place : place + own.shape[1]] = own[batch.blocks]
+            for row, slot, count in batch.runs:
+                rows = batch.rows[row : row + count]
+                self._slots[slot : slot + count].copy_(rows, non_blocking=True)
 
-    def restore(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copies (slot, block) to the device."""
-        for part, blocks in self._batches(pairs, [block for _, block in pairs]):
-            rows, begin = self._buffer[: len(part)], 0
-            for row, (slot, _) in zip(rows, part, strict=True):
-                row.copy_(self._slots[slot], non_blocking=True)
-            for own in self._parts:
-                end = begin + own.shape[1]
-                own.index_copy_(0, blocks, rows[:, begin:end])
-                begin = end
+    def restore(self, pairs: Sequence[tuple[int, int]], lanes: Sequence[Any]) -> None:
+        """Copies (slot, block) to the device, on these streams; the first is the current one."""
+        batches = self._batches(pairs)
+        for lane in lanes[1:]:
+            lane.wait_stream(lanes[0])
+        for batch in batches:
+            with torch.cuda.stream(lanes[batch.lane]) if lanes else nullcontext():
+                for row, slot, count in batch.runs:
+                    rows = batch.rows[row : row + count]
+                    rows.copy_(self._slots[slot : slot + count], non_blocking=True)
+                if self._fetcher is not None:
+                    self._fetcher.fetch(batch.listed)
+                    continue
+                for own, place in zip(self._parts, self._offsets, strict=True):
+                    own[batch.blocks] = batch.rows[:, place : place + own.shape[1]]
+        for lane in lanes[1:]:
+            lanes[0].wait_stream(lane)
 
-    def _batches(
-        self, pairs: Sequence[tuple[int, int]], blocks: list[int]
-    ) -> Iterator[tuple[Sequence[tuple[int, int]], Tensor]]:
-        """As many as the buffer holds, with their blocks on the device."""
+    def _batches(self, pairs: Sequence[tuple[int, int]]) -> list[_Batch]:
+        """(slot, block), as many at a time as a lane holds, in the order of slots."""
         if not pairs:
-            return
+            return []
+        each, count = self._each, -(-len(pairs) // self._each)
+        slots, blocks = torch.tensor(sorted(pairs), dtype=torch.int32).T
+        rows = torch.arange(count * each, dtype=torch.int32) % (LANES * each)
+        padded = torch.zeros(count * each, dtype=torch.int32)
+        padded[: len(blocks)] = blocks
+        listed = torch.zeros(count, self._lists.shape[1], dtype=torch.int32)
+        listed[:, 0] = (len(blocks) - torch.arange(0, count * each, each)).clamp(max=each)
+        listed[:, 1 : 1 + 2 * each] = torch.cat((rows.view(count, -1), padded.view(count, -1)), 1)
         # At once: a copy from memory that is not locked waits for all copies before it.
-        there, size = self._blocks[: len(blocks)], len(self._buffer)
-        there.copy_(torch.tensor(blocks))
-        for first in range(0, len(pairs), size):
-            yield pairs[first : first + size], there[first : first + size]
+        self._lists[:count] = listed
+        batches = []
+        for number, (theirs, own) in enumerate(
+            zip(slots.split(each), blocks.split(each), strict=True)
+        ):
+            lane = number % LANES
+            places = self._buffer[lane * each : lane * each + len(own)]
+            told = self._lists[number, : 1 + 2 * each]
+            batches.append(_Batch(lane, places, _runs(theirs.tolist()), own.tolist(), told))
+        return batches
+
+
+def _fetcher(buffer: Tensor, parts: Sequence[Tensor], offsets: Sequence[int]) -> Fetcher:
+    places = torch.arange(len(buffer), dtype=torch.int64, device=buffer.device)
+    try:
+        return Fetcher(buffer.data_ptr() + places * buffer.shape[1], parts, offsets)
+    except KernelInputError as error:
+        raise ConfigError(f"kv_host_gib: {error}; raise block_size, or leave it out") from error
+
+
+def _runs(slots: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(index, slot, length) of each run of slots that lie side by side."""
+    runs: list[tuple[int, int, int]] = []
+    for index, slot in enumerate(slots):
+        if runs and slot == sum(runs[-1][1:]):
+            runs[-1] = (*runs[-1][:2], runs[-1][2] + 1)
+        else:
+            runs.append((index, slot, 1))
+    return runs
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -14,8 +14,10 @@ from ..model.config import CacheGroup
 
 _DEFAULT_CONTEXT = 8192
 HOST_BUFFER = 1 << 24
-"""Bytes on the device that blocks pass on their way to the host and back, or one block's if that
-is more."""
+"""Bytes on the device that blocks pass on their way to the host and back, or a block's in each of
+its lanes if that is more."""
+LANES = 2
+"""Parts of that buffer, each filled while the other is emptied."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,6 @@ from conclave.worker.serving.wire import load
 from .test_streaming_engine import FEW, PROMPTS, answers, beside_layers
 
 Checkpoint = Callable[[int | str], Path]
-STREAMED: dict[str, Any] = {**FEW, "stream_experts": True}
 
 
 @pytest.fixture(autouse=True)
@@ -53,13 +52,13 @@ def test_answers_are_those_of_a_model_that_fits(
     variant: str, settings: dict[str, Any], tiny_checkpoint: Checkpoint
 ) -> None:
     folder = tiny_checkpoint(variant)
-    with Engine(folder, knobs=Knobs(memory_budget=1), **STREAMED, **settings) as resident:
+    with Engine(folder, knobs=Knobs(memory_budget=1), **FEW, **settings) as resident:
         assert resident.load.experts is None
         wanted = answers(resident)
         count = resident.model.storage.layers[0].experts
     for slots, prefetch in ((count, None), (2 * count, False), (2 * count, None)):
         knobs = Knobs(memory_budget=budget_of(resident, slots), prefetch=prefetch)
-        with Engine(folder, knobs=knobs, **STREAMED, **settings) as engine:
+        with Engine(folder, knobs=knobs, **FEW, **settings) as engine:
             assert [answers(engine) for _ in range(2)] == [wanted] * 2
             assert engine.load.stream is None
             experts = engine.model.runner.experts
@@ -74,7 +73,7 @@ def test_answers_are_those_of_a_model_that_fits(
 
 def test_preempted_sequences_answer_the_same(tiny_checkpoint: Checkpoint) -> None:
     folder = tiny_checkpoint("6")
-    few = {**STREAMED, "max_context": 64}
+    few = {**FEW, "max_context": 64}
     with Engine(folder, knobs=Knobs(memory_budget=1), **few) as resident:
         wanted = answers(resident)
         budget = budget_of(resident, 12)
@@ -86,10 +85,10 @@ def test_preempted_sequences_answer_the_same(tiny_checkpoint: Checkpoint) -> Non
 
 def test_a_step_that_fails_takes_its_requests_alone(tiny_checkpoint: Checkpoint) -> None:
     folder = tiny_checkpoint("6")
-    with Engine(folder, knobs=Knobs(memory_budget=1), **STREAMED) as resident:
+    with Engine(folder, knobs=Knobs(memory_budget=1), **FEW) as resident:
         wanted = answers(resident)
         budget = budget_of(resident, 10)
-    with Engine(folder, knobs=Knobs(memory_budget=budget), **STREAMED) as engine:
+    with Engine(folder, knobs=Knobs(memory_budget=budget), **FEW) as engine:
         for place in ("0.feed_forward.experts.router", "3.feed_forward.mlp", "5.attention"):
             module = engine.model.runner.decoder.get_submodule(f"layers.{place}")
             handle = module.register_forward_hook(fail)
@@ -105,7 +104,7 @@ def fail(*_: object) -> None:
 
 def test_a_budget_too_small_for_slots_streams_layers(tiny_checkpoint: Checkpoint) -> None:
     folder = tiny_checkpoint("6")
-    with Engine(folder, knobs=Knobs(memory_budget=1), **STREAMED) as resident:
+    with Engine(folder, knobs=Knobs(memory_budget=1), **FEW) as resident:
         wanted, layers = answers(resident), resident.model.storage.layers
         beside = sum(layer.block - layer.expert_block for layer in layers)
         assert choose_slots(layers, beside) is None
@@ -117,16 +116,14 @@ def test_a_budget_too_small_for_slots_streams_layers(tiny_checkpoint: Checkpoint
             assert (engine.load.stream is None) == (engine.load.experts is not None)
             assert by_experts or engine.load.stream is not None
     with pytest.raises(ConfigError, match="the least for this model"):
-        Engine(folder, knobs=Knobs(memory_budget=0.0001), **STREAMED)
-    with pytest.raises(ValueError, match="give that too"):
-        Engine(folder, stream_experts=True)
+        Engine(folder, knobs=Knobs(memory_budget=0.0001), **FEW)
 
 
 def test_fetches_add_up(tiny_checkpoint: Checkpoint) -> None:
     folder = tiny_checkpoint("6")
-    with Engine(folder, knobs=Knobs(memory_budget=1), **STREAMED) as resident:
+    with Engine(folder, knobs=Knobs(memory_budget=1), **FEW) as resident:
         budget = budget_of(resident, 16)
-    with Engine(folder, knobs=Knobs(memory_budget=budget), **STREAMED) as engine:
+    with Engine(folder, knobs=Knobs(memory_budget=budget), **FEW) as engine:
         answers(engine)
         experts = engine.model.runner.experts
         assert experts is not None

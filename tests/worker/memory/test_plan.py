@@ -71,7 +71,7 @@ def test_a_budget_is_used_and_never_exceeded(budget: float) -> None:
         assert taken == plan.budget == int(budget * GIB) and plan.cache > 0
 
 
-SLOTTED = {"knobs": {"memory_budget": 1, "weight_bits": 4}, "stream_experts": True}
+SLOTTED: dict[str, object] = {"knobs": {"memory_budget": 1, "weight_bits": 4}}
 
 
 @given(st.floats(1.5, 30))
@@ -102,7 +102,7 @@ def test_where_experts_have_slots() -> None:
     assert share == sorted(share) and 0.3 < share[1] < 0.45
     found = [each.hit_rate for each in slots if each]
     assert found == sorted(found) and 0.8 < found[1] < 0.93
-    assert plan_of(model, storage, 8 * GIB).experts is None  # not by default
+    assert plan_of(model, storage, 8 * GIB, stream_experts=False).experts is None
     one = {**SLOTTED, "max_sequences": 1, "max_context": 64}
     layers = {**one, "stream_experts": False}
     assert least_of(model, storage, **one) < least_of(model, storage, **layers)
@@ -226,7 +226,7 @@ def test_the_command_tells_and_draws(tmp_path: Path) -> None:
     first = told["steps"][0]
     assert first["tokens"] == 1 and first["limit"] == "link"
     assert first["transfer_seconds"] == pytest.approx(told["copied_bytes"] / 50e9)
-    experts = ("--shape", "26b", "--weight-bits", "4", "--memory-budget", "8", "--stream-experts")
+    experts = ("--shape", "26b", "--weight-bits", "4", "--memory-budget", "8")
     told = json.loads(run(*experts, "--json", "--plot", str(picture)).stdout)
     assert told["experts"]["slots"] > 128 and not told["streamed"]
     assert 0.6 < told["experts"]["assumed_hit_rate"] < 1

@@ -53,7 +53,7 @@ def test_answers_are_those_of_a_model_that_fits(
     for prefetch, share in ((None, 0.9), (False, 0.5), (1, 0.5)):
         budget = fixed + share * layers
         knobs = Knobs(memory_budget=budget / 2**30, prefetch=prefetch, **settings)
-        with Engine(folder, knobs=knobs, **FEW) as engine:
+        with Engine(folder, knobs=knobs, stream_experts=False, **FEW) as engine:
             assert answers(engine) == wanted
             use = engine.load.stream
             assert use is not None and use.layers > use.slots > 0

@@ -47,6 +47,11 @@ def test_there_and_back(dtype: torch.dtype, buffer: int, monkeypatch: pytest.Mon
     host.close()
 
 
+def test_slots_side_by_side_are_copied_together() -> None:
+    assert host_blocks._runs([]) == []
+    assert host_blocks._runs([3, 4, 5, 7, 9, 10]) == [(0, 3, 3), (3, 7, 1), (4, 9, 2)]
+
+
 def test_a_block_may_go_and_another_come_in_one_step() -> None:
     own = tensors(torch.float32)
     host = HostBlocks(own, GROUPS, (2, 1), CPU)

@@ -211,8 +211,8 @@ class ExpertCache:
         if self._fetcher is not None:
             claim(self.table, place, chosen, ahead)
             if self._poison:
-                self._fetcher.fetch(self.table, poison=True)
-            self._fetcher.fetch(self.table)
+                self._fetcher.fetch(self.table.fetches, poison=True)
+            self._fetcher.fetch(self.table.fetches)
             return
         reference.claim(self.table, place, chosen, ahead)
         rows = [block.memory.view(self.slots.experts, -1) for block in self._blocks]
