@@ -63,13 +63,10 @@ from .wide_parts import (
     sums_at,
     zero_of,
 )
+from .wide_scratch import FEW, PAIRS_A_STEP, Scratch
 
-FEW = 64
-"""Queries from which on this is used; fewer leave most of a tile empty."""
-SPAN = 33 * 64
-"""Keys whose probabilities are written down; a multiple of three steps."""
 WARPS = 8
-_PAIRS_A_STEP = gl.constexpr(BLOCK.value * TILE.value // 2)
+_PAIRS_A_STEP = gl.constexpr(PAIRS_A_STEP)
 
 
 @gluon.jit
@@ -87,12 +84,10 @@ def _score_pass(
     steps,
     last,
     whole,
-    LAZY: gl.constexpr,
 ):
     """Scores of some steps from key `begin` on, and the sums of half the columns.
 
     Writes probabilities and their maxima. The mask is needed by steps that end behind key `whole`.
-    If LAZY, sums are left alone where no maximum has grown.
     """
     row = gl.arange(0, BLOCK, layout=ROWS)
     places = keys_from(key, begin, last)
@@ -138,13 +133,9 @@ def _score_pass(
             weights, largest, share, old = softmax(scores, largest, share, whole - 1, first, False)
         put_pairs(shares + step * _PAIRS_A_STEP, weights)
         gl.store(marks + step * BLOCK + row, largest)
-        grown = not LAZY
-        if LAZY:
-            grown = gl.min(old, 0) < 1.0
         low, high, _ = warpgroup_mma_wait(0, deps=running + (left,))
-        if grown:
-            low *= old[:, None]
-            high *= old[:, None]
+        low *= old[:, None]
+        high *= old[:, None]
         totals = (low, high)
         barrier()
         copy_values(parts, 4, keys_from(value, first, last))
@@ -159,12 +150,10 @@ def _score_pass(
 
 
 @gluon.jit
-def _value_pass(
-    held, totals, largest, value, shares, marks, begin, steps, last, DEEP: gl.constexpr
-):
+def _value_pass(held, totals, largest, value, shares, marks, begin, steps, last):
     """The sums of the other columns of the same steps, by the probabilities that were written.
 
-    If DEEP, two steps' products are under way.
+    Two steps' products are under way.
     """
     row = gl.arange(0, BLOCK, layout=ROWS)
     parts = parts_at(held, 0)
@@ -186,11 +175,10 @@ def _value_pass(
             barrier()
             left = left_of(weights)
             running = multiply(left, parts[2 * i], parts[2 * i + 1], totals)
-            if DEEP:
-                low, high, _ = warpgroup_mma_wait(2, deps=running + (former,))
-                totals = (low, high)
-                former = left
-                barrier()
+            low, high, _ = warpgroup_mma_wait(2, deps=running + (former,))
+            totals = (low, high)
+            former = left
+            barrier()
             # All threads have waited for the product before, whose parts these are.
             places = keys_from(value, begin + (step + 2) * TILE, last)
             copy_values(parts, (2 * i + 4) % 6, places)
@@ -199,12 +187,8 @@ def _value_pass(
             ahead = gl.minimum(step + 2, steps - 1)
             found = gl.load(own_place(shares + ahead * _PAIRS_A_STEP, 4))
             mark = gl.load(marks + ahead * BLOCK + row)
-            if not DEEP:
-                low, high, _ = warpgroup_mma_wait(0, deps=running + (left,))
-                totals = (low, high)
-    if DEEP:
-        low, high, _ = warpgroup_mma_wait(0, deps=totals + (former,))
-        totals = (low, high)
+    low, high, _ = warpgroup_mma_wait(0, deps=totals + (former,))
+    totals = (low, high)
     async_copy.wait_group(0)
     barrier()
     return totals
@@ -234,8 +218,6 @@ def _prefill_wide(
     group,
     offset,
     span,
-    LAZY: gl.constexpr,
-    DEEP: gl.constexpr,
 ):
     program = gl.program_id(0)
     programs = gl.num_programs(0)
@@ -282,7 +264,7 @@ def _prefill_wide(
                 before = largest
                 totals, largest, share = _score_pass(
                     *(held, asked, totals, largest, share, key + plane, value + plane + side),
-                    *(shares, marks, begin, steps, last, offset + start + 1, LAZY),
+                    *(shares, marks, begin, steps, last, offset + start + 1),
                 )
                 mine = own_place(sums + side * BLOCK, 16)
                 put_sums(mine, totals[0])
@@ -294,7 +276,7 @@ def _prefill_wide(
                 high = sums_at(theirs + BLOCK * PART, begin > 0) * old
                 totals = _value_pass(
                     *(held, (low, high), largest, value + plane + side),
-                    *(shares, marks, begin, steps, last, DEEP),
+                    *(shares, marks, begin, steps, last),
                 )
             # Once more, rather than kept in registers all the time.
             start, head, count, line = _tile_of(tile + zero_of(first), queries, heads)
@@ -311,27 +293,31 @@ def _prefill_wide(
 
 
 _kernel = Kernel(_prefill_wide, grid="programs")
-_CONSTANTS = {"LAZY": True, "DEEP": True}
 
 
 def variants() -> Iterator[Variant]:
     """What the bundle holds."""
     types = (*["*bf16"] * 4, "*i32", *["*fp32"] * 2, *["i32"] * 6)
     hopper = tuple(target for target in NVIDIA if target.capability == 90)
-    yield Variant(_kernel, types, _CONSTANTS, WARPS, 1, hopper)
+    yield Variant(_kernel, types, {}, WARPS, 1, hopper)
 
 
 def takes(query: Tensor, keys: int, window: int | None, target: Target | None) -> bool:
-    """Whether this program attends so; `keys` are all that the last query could see."""
+    """Whether this program attends so; `keys` are all that the last query could see.
+
+    It does not if keys or heads are so many that places among them need more than 32 bits.
+    """
+    _, heads, dim = query.shape
     return (
         (target is not None and target.vendor == "nvidia" and target.capability == 90)
-        and (query.dtype == torch.bfloat16 and query.shape[2] == DIM.value)
+        and (query.dtype == torch.bfloat16 and dim == DIM.value)
         and (len(query) >= FEW and (window is None or window >= keys))
+        and max(keys, BLOCK.value * heads) * dim <= 1 << 31
     )
 
 
 def prefill_wide(query: Tensor, key: Tensor, value: Tensor, offset: int, out: Tensor) -> None:
-    """`prefill.prefill` of what `takes` says; its scratch memory is 107 MB on an H100.
+    """`prefill.prefill` of what `takes` says; `Scratch` is what it takes of memory.
 
     Args:
         query: bfloat16 [L, heads, 512], contiguous, as all of them.
@@ -340,20 +326,22 @@ def prefill_wide(query: Tensor, key: Tensor, value: Tensor, offset: int, out: Te
         out: like `query`; written.
     """
     queries, heads, _ = query.shape
-    tile = TILE.value
-    span = min(SPAN, -(-(offset + queries) // tile) * tile)
-    programs = min(_processors(query.device), -(-queries // BLOCK.value) * heads)
-    steps = programs * span // tile
-    shares = query.new_empty(steps * _PAIRS_A_STEP.value, dtype=torch.int32)
-    marks = query.new_empty(steps * BLOCK.value, dtype=torch.float32)
-    sums = query.new_empty(programs * BLOCK.value * DIM.value, dtype=torch.float32)
+    scratch = Scratch.of(queries, heads, offset + queries, _processors(query.device))
     _kernel.launch(
-        (programs,),
-        *(out, query, key, value, shares, marks, sums, queries, key.shape[1], heads),
-        *(heads // key.shape[0], offset, span),
-        constants=_CONSTANTS,
+        (scratch.programs,),
+        *(out, query, key, value, *_made(scratch, query.device)),
+        *(queries, key.shape[1], heads, heads // key.shape[0], offset, scratch.span),
         warps=WARPS,
         stages=1,
+    )
+
+
+def _made(scratch: Scratch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Probabilities (pairs of bfloat16), maxima and sums."""
+    return (
+        torch.empty(scratch.pairs, dtype=torch.int32, device=device),
+        torch.empty(scratch.marks, dtype=torch.float32, device=device),
+        torch.empty(scratch.sums, dtype=torch.float32, device=device),
     )
 
 

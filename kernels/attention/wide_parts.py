@@ -9,16 +9,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
+from . import wide_scratch
 from .splits import LOG2E
 
-BLOCK = gl.constexpr(128)
-"""Queries of a tile."""
-TILE = gl.constexpr(64)
-"""Keys of a step."""
-PART = gl.constexpr(128)
+BLOCK = gl.constexpr(wide_scratch.BLOCK)
+TILE = gl.constexpr(wide_scratch.TILE)
+DIM = gl.constexpr(wide_scratch.DIM)
+HALF = gl.constexpr(DIM.value // 2)
+PART = gl.constexpr(DIM.value // 4)
 """Columns of a part."""
-DIM = gl.constexpr(4 * PART.value)
-HALF = gl.constexpr(2 * PART.value)
 
 SUMS = gl.constexpr(
     gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, 128, 16])

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from conclave.kernels.attention import prefill_wide as wide
 from conclave.kernels.attention.prefill import prefill
+from conclave.kernels.attention.wide_scratch import MOST_PROCESSORS, Scratch
 from conclave.kernels.launching.launch import launches
 from conclave.kernels.launching.targets import ALL, NVIDIA
 
@@ -36,7 +37,6 @@ def check(memory: Tensor, wanted: Tensor) -> None:
     assert float((memory[1:-1].double() - wanted).norm() / wanted.norm()) <= MOST_ERROR
 
 
-@pytest.mark.parametrize("flags", [(False, False), (True, True)], ids=["plain", "lazy and deep"])
 @pytest.mark.parametrize(
     ("queries", "keys", "offset", "heads", "programs", "span", "spread"),
     [
@@ -54,7 +54,6 @@ def test_emulated(
     programs: int,
     span: int,
     spread: float,
-    flags: tuple[bool, bool],
 ) -> None:
     """Rows and tiles that are not full, several programs and spans, one after the other."""
     query, key, value, wanted = drawn(queries, keys, heads, offset, spread, "cpu")
@@ -64,7 +63,7 @@ def test_emulated(
     sums = torch.full((programs * 128 * 512,), torch.nan)
     Emulated(wide._prefill_wide).launch(
         *(programs, memory[1:-1], query, key, value, shares, marks, sums, queries, keys),
-        *(heads[0], heads[0] // heads[1], offset, span, *flags),
+        *(heads[0], heads[0] // heads[1], offset, span),
     )
     check(memory, wanted)
 
@@ -107,3 +106,30 @@ def test_what_it_takes() -> None:
     assert not wide.takes(query[..., :256], 100, None, hopper)
     others = [None, *(target for target in ALL if target != hopper)]
     assert not any(wide.takes(query, 100, None, target) for target in others)
+
+
+def test_it_leaves_to_others_what_needs_places_of_64_bits() -> None:
+    (hopper,) = (target for target in NVIDIA if target.capability == 90)
+    few, most, more = (
+        torch.empty(128, heads, 512, dtype=torch.bfloat16, device="meta")
+        for heads in (32, 32768, 32769)
+    )
+    assert wide.takes(few, 1 << 22, None, hopper) and wide.takes(most, 128, None, hopper)
+    assert not wide.takes(few, (1 << 22) + 1, None, hopper)
+    assert not wide.takes(more, 128, None, hopper)
+
+
+@pytest.mark.parametrize(
+    ("queries", "heads", "keys", "programs"),
+    [(64, 2, 64, 2), (129, 16, 1000, 32), (8192, 32, 1 << 20, MOST_PROCESSORS)],
+)
+def test_scratch_memory_is_what_is_planned(
+    queries: int, heads: int, keys: int, programs: int
+) -> None:
+    for processors in (1, 114, MOST_PROCESSORS, 1000):
+        scratch = Scratch.of(queries, heads, keys, processors)
+        assert scratch.programs == min(processors, programs)
+        assert scratch.span >= min(keys, 33 * 64) and scratch.span % 64 == 0
+        made = wide._made(scratch, torch.device("meta"))
+        assert sum(each.nbytes for each in made) == scratch.bytes
+        assert scratch.bytes <= Scratch.of(queries, heads, keys).bytes <= 108_201_984
