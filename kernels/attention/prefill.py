@@ -7,6 +7,8 @@ none, need no mask, or are left out. Work is 4 head_dim operations for each pair
 that see each other, which is what bounds it from some hundred queries on; all heads of a group read
 the same keys and values, most of them from the L2 cache.
 
+Heads of 512 numbers have a program of their own on Hopper (`prefill_wide`).
+
 Probabilities are rounded to the values' 16 bits. It gave up several sequences at once, and tensor
 descriptors, which are a card's own and would have to be made for each launch.
 """
@@ -22,6 +24,7 @@ from torch import Tensor
 from ..errors import KernelInputError
 from ..launching.launch import Kernel, Variant
 from ..launching.targets import ALL, KIB, Target, target_of
+from .prefill_wide import prefill_wide, takes
 from .splits import LOG2E
 
 EVERYTHING = 1 << 30
@@ -207,7 +210,10 @@ def prefill(
         raise KernelInputError(f"prefill attention: {fault}")
     queries, heads, dim = query.shape
     kv_heads, keys, _ = key.shape
-    plan = plan_of(dim, target_of(query.get_device()) if query.is_cuda else None)
+    target = target_of(query.get_device()) if query.is_cuda else None
+    if takes(query, offset + queries, window, target):
+        return prefill_wide(query, key, value, offset, out)
+    plan = plan_of(dim, target)
     _kernel.launch(
         (heads, -(-queries // plan.block)),
         *(out, query, key, value, queries, keys, heads, heads // kv_heads),

@@ -1,4 +1,4 @@
-"""The kernels that a decode step spends its time in keep everything in registers."""
+"""The kernels that most time is spent in keep everything in registers."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -21,7 +21,7 @@ EXPECTED = {
     "sm_89": {"sparse_gemv", "token_pairs", "tile_mma", "dense_gemv", "interleave"},
     "sm_90": {
         *{"sparse_gemv", "token_pairs", "tile_wgmma", "dense_gemv", "interleave"},
-        *{"tile_persistent", "tile_staged", "arrange"},
+        *{"tile_persistent", "tile_staged", "arrange", "prefill_wide"},
     },
     "gfx1100": {"sparse_gather", "dense_gemv"},
     "gfx1201": {"sparse_gather", "dense_gemv"},
@@ -32,9 +32,9 @@ BESIDE = 12
 
 
 def is_hot(variant: Variant) -> bool:
-    """Whether it multiplies by 5:16 or dense int4 with wide groups, or prepares for it."""
+    """Whether it multiplies by 5:16 or dense int4 with wide groups, prepares for it, or attends."""
     kept, bits, group = (variant.constants.get(key) for key in ("KEPT", "BITS", "GROUP"))
-    if variant.kernel.name in ("token_pairs", "interleave", "arrange"):
+    if variant.kernel.name in ("token_pairs", "interleave", "arrange", "prefill_wide"):
         return True
     if variant.kernel.name == "dense_gemv":
         return bits == 4

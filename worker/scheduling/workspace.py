@@ -4,6 +4,7 @@ The worst step fills `max_step_tokens`, with `max_sequences` at `max_context`. W
 cannot give back because it is in pieces is not in it, nor what the device's driver takes.
 """
 
+from ...kernels.attention import wide_scratch
 from ..config import EngineConfig
 from ..model.config import LayerConfig, ModelConfig
 
@@ -49,9 +50,14 @@ def _layer(model: ModelConfig, layer: LayerConfig, dtype_size: int) -> int:
 
 def _attention(layer: LayerConfig, tokens: int, rows: int, context: int, dtype_size: int) -> int:
     """Of one layer: copies of the keys and values that are read. Decoding rows are padded to the
-    longest; a prompt's chunk has all its heads' keys and scores."""
+    longest; a prompt's chunk has all its heads' keys, and scores or what a kernel keeps instead."""
     most = context if layer.window is None else min(context, layer.window + tokens)
     seen = context if layer.window is None else min(context, layer.window)
     decoding = rows * seen * 2 * layer.kv_heads * layer.head_dim * dtype_size
     copied = most * 2 * (layer.heads + layer.kv_heads) * layer.head_dim * dtype_size
-    return max(decoding, copied + 2 * layer.heads * tokens * most * 4)
+    scores = 2 * layer.heads * tokens * most * 4
+    scratch = 0
+    if (layer.head_dim, dtype_size) == (wide_scratch.DIM, 2) and tokens >= wide_scratch.FEW:
+        # Where that kernel runs (if the device is Hopper's, which nobody says here) are no scores.
+        scratch = wide_scratch.Scratch.of(tokens, layer.heads, seen).bytes
+    return max(decoding, copied + max(scores, scratch))

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from conclave.kernels.attention import wide_scratch
+from conclave.kernels.attention.wide_scratch import Scratch
 from conclave.worker.config import EngineConfig
 from conclave.worker.errors import ConfigError
 from conclave.worker.model.config import CacheGroup, ModelConfig
@@ -78,3 +80,24 @@ def test_a_step_takes_more_the_more_runs_in_it() -> None:
     assert size(context=131_072) > size()
     assert size(config(max_sequences=256, max_step_tokens=512)) > size()
     assert size(config(max_sequences=16, max_step_tokens=2048)) > 3 * size()
+
+
+def test_a_step_has_room_for_what_prefill_writes_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of scores: where those are there, the kernel that writes that is not."""
+    shape = {"num_hidden_layers": 6, "vocab_size": 64, "global_head_dim": 512}
+    model = ModelConfig.parse({"model_type": "gemma4_text", **shape})
+    (heads,) = {layer.heads for layer in model.layers if layer.head_dim == 512}
+
+    def more(tokens: int, context: int, dtype_size: int) -> int:
+        """What it adds to the scores, which are counted at any rate."""
+        settings = config(max_sequences=1, max_step_tokens=tokens)
+        with_it = workspace(settings, model, context, dtype_size, 0)
+        with monkeypatch.context() as without:
+            without.setattr(wide_scratch, "DIM", 0)
+            return with_it - workspace(settings, model, context, dtype_size, 0)
+
+    scores = 2 * heads * 64 * 64 * 4
+    assert more(64, 64, 2) == Scratch.of(64, heads, 64).bytes - scores > 0
+    assert more(63, 64, 2) == 0, "another kernel"
+    assert more(64, 64, 4) == 0, "float32"
+    assert more(2048, 8192, 2) == 0, "scores are larger"
