@@ -181,6 +181,9 @@ def compress_command(
     remap: Annotated[float, typer.Option(help="Share of steps that learn the maps.")] = 0.0,
     rows: Annotated[int | None, typer.Option(help="Of the text; all if left out.")] = None,
     synthetic: Annotated[int, typer.Option(help="Rows that the teachers write.")] = 0,
+    written: Annotated[
+        Path | None, typer.Option(help="File (.npy) of such rows: read, or written if missing.")
+    ] = None,
     rows_per_step: Annotated[int, typer.Option(help="Rows per optimizer step.")] = 64,
     rows_at_once: Annotated[int, typer.Option(help="Rows on the device.")] = 64,
     minutes: Annotated[
@@ -200,7 +203,7 @@ def compress_command(
     if not (one_shot / "conclave.json").exists():
         compress_in_one_shot(original, one_shot, splits.training, device, format, sparsity)
     teachers = teacher or []
-    splits = splits.taught_by([original, *teachers], rows, synthetic, device)
+    splits = splits.taught_by([original, *teachers], rows, synthetic, device, written)
     schedule = Schedule(
         steps=int(epochs * len(splits.training) / rows_per_step),
         sequences=rows_per_step,

@@ -24,6 +24,7 @@ from conclave.worker.compress.recovery.synthetic import write_text
 from conclave.worker.compress.recovery.training import Look
 
 from .encoding import Encoded
+from .files import RouteError
 
 CALIBRATION_ROWS = 256
 ROW_LENGTH = 1024
@@ -39,20 +40,41 @@ class Splits:
 
     training: torch.Tensor
     validation: torch.Tensor
+    written: int = 0
+    """Of the training rows the last ones, which teachers wrote."""
 
     @classmethod
     def of(cls, training: Encoded, validation: Encoded, seed: int = 0) -> Splits:
         return cls(packed_rows(training, seed), packed_rows(validation, seed))
 
     def taught_by(
-        self, teachers: Sequence[Path], rows: int | None, synthetic: int, device: torch.device
+        self,
+        teachers: Sequence[Path],
+        rows: int | None,
+        synthetic: int,
+        device: torch.device,
+        kept: Path | None = None,
     ) -> Splits:
-        """With the first `rows` for training, and as many `synthetic` ones that teachers write."""
+        """With the first `rows` for training, and as many `synthetic` ones that teachers write.
+
+        They are `kept` in a file, or are the first of one that was. Raises RouteError if it has
+        fewer, or rows of another length.
+        """
         training = self.training[:rows]
-        if synthetic:
+        if not synthetic:
+            return Splits(training, self.validation)
+        if kept is not None and kept.exists():
+            written = torch.from_numpy(numpy.load(kept).astype(numpy.int64))[:synthetic]
+            if written.shape != (synthetic, training.shape[1]):
+                raise RouteError(
+                    f"{kept} has rows {tuple(written.shape)}; {synthetic} of {training.shape[1]} "
+                    "tokens are wanted: name another file"
+                )
+        else:
             written = write_text(teachers, self.training, synthetic, 0, device)
-            training = torch.cat((training, written))
-        return Splits(training, self.validation)
+            if kept is not None:
+                numpy.save(kept, written.numpy().astype(numpy.uint16))
+        return Splits(torch.cat((training, written)), self.validation, synthetic)
 
 
 def packed_rows(encoded: Encoded, seed: int) -> torch.Tensor:
@@ -105,4 +127,4 @@ def recover(
 
     rows = splits.training, splits.validation
     given = one_shot, original, target, *rows, schedule, device, told, teachers, until
-    return recover_checkpoint(*given)
+    return recover_checkpoint(*given, splits.written)

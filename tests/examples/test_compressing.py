@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -21,6 +22,7 @@ from examples.debian_model.compressing import (
     recover,
 )
 from examples.debian_model.encoding import Encoded
+from examples.debian_model.files import RouteError
 
 TINY = CONFIG | {
     "global_head_dim": 64,
@@ -75,7 +77,14 @@ def test_compressed_and_recovered(tmp_path: Path) -> None:
     said: list[object] = []
     more = splits.taught_by([original], 2, 3, CPU)
     assert torch.equal(more.training[:2], splits.training[:2]) and len(more.training) == 5
-    assert more.validation is splits.validation
+    assert more.validation is splits.validation and more.written == 3
+    kept = tmp_path / "written.npy"
+    first = splits.taught_by([original], 2, 3, CPU, kept)
+    again = splits.taught_by([tmp_path / "nobody"], 2, 2, CPU, kept)
+    assert torch.equal(first.training, more.training)
+    assert torch.equal(again.training, more.training[:4])
+    with pytest.raises(RouteError, match="name another file"):
+        splits.taught_by([original], 2, 4, CPU, kept)
     schedule = Schedule(steps=2, sequences=2, at_once=2, looks=2)
     looks = recover(pruned, original, target, more, schedule, CPU, said.append)
     assert said == looks and len(looks) == 2

@@ -127,5 +127,5 @@ def recover_from_text(
 
         return recover_checkpoint(
             *(compressed, original, target, tokens, judged, schedule, device),
-            *(step_told, teachers, until),
+            *(step_told, teachers, until, synthetic),
         )

@@ -19,10 +19,14 @@ _SHARE = 2 / 3
 
 
 class Lessons:
-    """`tokens` [n, L], int64, on the host; the teachers are on the device that trains."""
+    """`tokens` [n, L], int64, on the host; the teachers are on the device that trains.
 
-    def __init__(self, tokens: Tensor, teachers: Sequence[Decoder]) -> None:
+    The last `written` rows are the teachers' own text.
+    """
+
+    def __init__(self, tokens: Tensor, teachers: Sequence[Decoder], written: int = 0) -> None:
         self.tokens, self.teachers = tokens, teachers
+        self._real = len(tokens) - written
         self._device = teachers[0].embedding.weight.device
         states = self._made(tokens[:1])
         size = sum(own.nbytes for own in states)
@@ -33,14 +37,15 @@ class Lessons:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def of(self, chosen: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """On the device: the sequences of these indices, and what `hidden_states` has of each
-        teacher."""
+    def of(self, chosen: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        """On the device: the sequences of these indices, what `hidden_states` has of each teacher,
+        and which are real text."""
         tokens = self.tokens[chosen].to(self._device)
+        real = (chosen < self._real).to(self._device)
         kept = chosen < self._room
         new = ~(kept & self._known[chosen])
         if new.all() and not kept.any():
-            return tokens, self._made(tokens)
+            return tokens, self._made(tokens), real
         theirs = [own[chosen.clamp(max=self._room - 1).to(self._device)] for own in self._kept]
         if new.any():
             made = self._made(tokens[new.to(self._device)])
@@ -50,7 +55,7 @@ class Lessons:
                 whole[new.to(self._device)] = rows
                 own[places] = rows[fits]
             self._known[chosen[kept]] = True
-        return tokens, [whole.flatten(0, 1) for whole in theirs]
+        return tokens, [whole.flatten(0, 1) for whole in theirs], real
 
     def _made(self, tokens: Tensor) -> list[Tensor]:
         with torch.no_grad(), autocast(self._device):

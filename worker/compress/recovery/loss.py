@@ -23,29 +23,39 @@ part at a time."""
 
 
 def losses(
-    student: Decoder, teachers: Sequence[Decoder], tokens: Tensor, theirs: Sequence[Tensor]
+    student: Decoder,
+    teachers: Sequence[Decoder],
+    tokens: Tensor,
+    theirs: Sequence[Tensor],
+    real: Tensor,
 ) -> Tensor:
     """Means over the tokens that are predicted, float32 [2].
 
     KL(teachers || student) in nats, which has a gradient for the student, and so has the second,
-    its negative log-likelihood of the text. `tokens` is int64 [B, L]: L - 1 are predicted in each
-    row. `theirs` are what `hidden_states` has of each teacher for them.
+    its negative log-likelihood of the text, of `real` rows alone. `tokens` is int64 [B, L]: L - 1
+    are predicted in each row. `theirs` are what `hidden_states` has of each teacher for them.
+    `real` is bool [B].
     """
     ours = hidden_states(student, tokens)
     targets = tokens[:, 1:].flatten()
+    counts = real.repeat_interleave(tokens.shape[1] - 1)
     vocabulary = student.config.vocab_size
+    each = torch.stack(
+        (counts.new_tensor(len(counts), dtype=torch.long), counts.sum().clamp(min=1))
+    )
     if len(targets) * vocabulary <= _WHOLE:
-        return _sums(student, teachers, ours, targets, *theirs) / len(targets)
+        return _sums(student, teachers, ours, targets, counts, *theirs) / each
     rows = max(1, _PART // vocabulary)
     total = torch.zeros(2, device=tokens.device)
     for part in zip(
         ours.split(rows),
         targets.split(rows),
+        counts.split(rows),
         *(states.split(rows) for states in theirs),
         strict=True,
     ):
         total = total + checkpoint(_sums, student, teachers, *part, use_reentrant=False)
-    return total / len(targets)
+    return total / each
 
 
 def hidden_states(decoder: Decoder, tokens: Tensor) -> Tensor:
@@ -59,13 +69,19 @@ def hidden_states(decoder: Decoder, tokens: Tensor) -> Tensor:
 
 
 def _sums(
-    student: Decoder, teachers: Sequence[Decoder], ours: Tensor, targets: Tensor, *theirs: Tensor
+    student: Decoder,
+    teachers: Sequence[Decoder],
+    ours: Tensor,
+    targets: Tensor,
+    counts: Tensor,
+    *theirs: Tensor,
 ) -> Tensor:
     with torch.no_grad():
         wanted = _taught(teachers, theirs)
     found = student.logits(ours).float().log_softmax(-1)
     divergence = (wanted.exp() * (wanted - found)).sum()
-    return torch.stack((divergence, -found.gather(1, targets[:, None]).sum()))
+    likelihood = found.gather(1, targets[:, None])[:, 0]
+    return torch.stack((divergence, -torch.where(counts, likelihood, 0.0).sum()))
 
 
 def _taught(teachers: Sequence[Decoder], theirs: Sequence[Tensor]) -> Tensor:

@@ -32,10 +32,12 @@ def recover_checkpoint(
     told: Told = lambda step, done, look: None,
     teachers: Sequence[Path] = (),
     until: float = math.inf,
+    written: int = 0,
 ) -> list[Look]:
     """Train what `compressed` keeps of `original` and write it to `target`; or go on with that.
 
-    `tokens` and `held_out` are int64 [sequences, length]. Formats and files are those of
+    `tokens` and `held_out` are int64 [sequences, length]; the last `written` of the former are the
+    teachers' own (`synthetic`). Formats and files are those of
     `compressed`, and so are maps unless the schedule learns them. `teachers` are full checkpoints
     of any shape with the same tokens, which teach together with the original. Training ends by
     `until`, of `time.monotonic()`. Beside `target` lies TARGET.training while it runs. Raises
@@ -47,7 +49,7 @@ def recover_checkpoint(
     manifest, contents = read_list(compressed, config)
     for other in teachers:
         _check_words(original, other)
-    key = _key((compressed, original, *teachers), tokens, held_out)
+    key = _key((compressed, original, *teachers), tokens, held_out, written)
     student = load_compressed(compressed, config, device, torch.float32, packed=False)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     teacher, *others = (
@@ -64,7 +66,7 @@ def recover_checkpoint(
     target.parent.mkdir(parents=True, exist_ok=True)
     writer = CheckpointWriter(target, compressed, key)
     run = Recovery(student, packed, teacher, schedule, state, key, others=others)
-    run.run(tokens, held_out, told, until)
+    run.run(tokens, held_out, told, until, written)
     found = dict[str, Tensor | PackedWeight](run.packed())
     trained = run.plain()
     found |= {name: trained[name].detach().to(dtype) for name, dtype in plain.items()}
@@ -72,7 +74,7 @@ def recover_checkpoint(
         prefix = f"layers.{index}."
         writer.write_layer(index, {n: own for n, own in found.items() if n.startswith(prefix)})
     writer.write_rest({n: own for n, own in found.items() if not n.startswith("layers.")})
-    account = _account(schedule, tokens, run)
+    account = _account(schedule, tokens, run) | {"written": written}
     account["teachers"] = [folder.name for folder in (original, *teachers)]
     writer.finish({**manifest.about, "recovery": account})
     return run.looks
@@ -90,9 +92,9 @@ def _check_words(original: Path, other: Path) -> None:
         )
 
 
-def _key(folders: Sequence[Path], tokens: Tensor, held_out: Tensor) -> str:
+def _key(folders: Sequence[Path], tokens: Tensor, held_out: Tensor, written: int) -> str:
     """What must be the same to go on with a run."""
-    digest = sha256("".join(map(fingerprint, folders)).encode())
+    digest = sha256("".join([*map(fingerprint, folders), str(written)]).encode())
     for own in (tokens, held_out):
         digest.update(own.numpy().tobytes())
     return digest.hexdigest()

@@ -112,12 +112,14 @@ class Recovery:
         held_out: Tensor,
         told: Told = lambda step, done, look: None,
         until: float = math.inf,
+        written: int = 0,
     ) -> None:
         """Train on `tokens` [n, L], int64, and leave the student as it was best on `held_out`.
 
-        It ends by `until`, a time of `time.monotonic()`, with fewer steps if there is no time for
-        all; then two runs differ. Raises ConfigError for less text than one step, or if training
-        comes to numbers that are none.
+        The last `written` rows are the teachers' own text, whose likelihood is no aim. It ends by
+        `until`, a time of `time.monotonic()`, with fewer steps if there is no time for all; then
+        two runs differ. Raises ConfigError for less text than one step, or if training comes to
+        numbers that are none.
         """
         schedule, device = self.schedule, self.student.embedding.weight.device
         if len(tokens) < schedule.sequences or not len(held_out):
@@ -126,7 +128,7 @@ class Recovery:
                 f"and takes {schedule.sequences} a step: give more text, or shorter sequences"
             )
         judged = Lessons(held_out, self.teachers)
-        lessons = Lessons(tokens, self.teachers)
+        lessons = Lessons(tokens, self.teachers, written)
         if device.type == "cuda":
             self._compile(*lessons.of(torch.arange(schedule.sequences)[: schedule.at_once]))
         batches = _batches(len(tokens), schedule, self._step)
@@ -159,12 +161,12 @@ class Recovery:
         names = self.student.state_dict().items()
         return {name: own for name, own in names if ".parametrizations." not in f".{name}"}
 
-    def _compile(self, sequences: Tensor, theirs: list[Tensor]) -> None:
+    def _compile(self, sequences: Tensor, theirs: list[Tensor], real: Tensor) -> None:
         """Several times as fast; where there is no compiler, it goes without."""
         compiled = torch.compile(losses)
         try:
             with autocast(sequences.device):
-                compiled(self.student, self.teachers, sequences, theirs).sum().backward()
+                compiled(self.student, self.teachers, sequences, theirs, real).sum().backward()
         except Exception as error:  # of any part of a compiler
             warnings.warn(f"recovery is slow, for it could not be compiled: {error}", stacklevel=2)
             torch.compiler.reset()

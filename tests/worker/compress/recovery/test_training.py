@@ -140,7 +140,13 @@ def test_maps_are_learned_for_a_time(
     teacher = load_decoder(pair[1], config, CPU, torch.float32)
     judged = text(8, seed=4)
     with torch.no_grad():
-        divergence = losses(student, [teacher], judged, [hidden_states(teacher, judged)])[0]
+        divergence = losses(
+            student,
+            [teacher],
+            judged,
+            [hidden_states(teacher, judged)],
+            torch.ones(8, dtype=torch.bool),
+        )[0]
     best = min(look.divergence for look in looks)
     assert divergence.item() == pytest.approx(best, rel=1e-4)
 
@@ -196,10 +202,10 @@ def test_the_mean_of_probabilities_is_taught(tiny_checkpoint: Checkpoint) -> Non
     lessons = Lessons(tokens, teachers)
     chosen = torch.tensor([2, 0])
     for _ in range(2):  # made, then as kept
-        read, theirs = lessons.of(chosen)
-        assert torch.equal(read, tokens[chosen])
+        read, theirs, real = lessons.of(chosen)
+        assert torch.equal(read, tokens[chosen]) and real.all()
         with torch.no_grad():
-            divergence, loss = losses(teachers[0], teachers, read, theirs)
+            divergence, loss = losses(teachers[0], teachers, read, theirs, real)
             each = [own.logits(hidden_states(own, read)).softmax(-1) for own in teachers]
         mean = (each[0] + each[1]) / 2
         expected = (mean * (mean.log() - each[0].log())).sum(-1).mean()
@@ -208,6 +214,23 @@ def test_the_mean_of_probabilities_is_taught(tiny_checkpoint: Checkpoint) -> Non
         torch.testing.assert_close(
             loss, -each[0].log().gather(1, targets[:, None]).mean(), rtol=1e-4, atol=1e-6
         )
+
+
+def test_what_teachers_wrote_is_not_learned_as_text(tiny_checkpoint: Checkpoint) -> None:
+    """The divergence is of all rows, the likelihood of those that are real; of none it is 0."""
+    student, teacher = (
+        load_decoder(own, ModelConfig.load(own), CPU, torch.float32)
+        for own in (tiny_checkpoint("3"), tiny_checkpoint("1"))
+    )
+    tokens = text(4)
+    lessons = Lessons(tokens, [teacher], written=2)
+    with torch.no_grad():
+        whole = losses(student, [teacher], *lessons.of(torch.tensor([0, 3, 1])))
+        real = losses(student, [teacher], *lessons.of(torch.tensor([0, 1])))
+        written = losses(student, [teacher], *lessons.of(torch.tensor([3])))
+    torch.testing.assert_close(whole[1], real[1])
+    torch.testing.assert_close(whole[0], (2 * real[0] + written[0]) / 3)
+    assert written[1] == 0 and written[0] > 0
 
 
 @pytest.mark.parametrize("room", [0, 2, 5])
@@ -231,7 +254,7 @@ def test_lessons_without_room_are_made_again(
 
     monkeypatch.setattr(f"{where}.hidden_states", counted)
     for chosen in ([4, 1], [0, 1, 2], [4, 3], [2, 0, 1, 3, 4]):
-        read, theirs = lessons.of(torch.tensor(chosen))
+        read, theirs, _ = lessons.of(torch.tensor(chosen))
         assert torch.equal(read, tokens[chosen])
         for states, own in zip(theirs, truth, strict=True):
             torch.testing.assert_close(states, own[chosen].flatten(0, 1))
