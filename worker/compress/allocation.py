@@ -7,7 +7,7 @@ the spirit of OWL (Yin et al. 2023, arXiv:2310.05175), which allots by outliers 
 """
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -32,6 +32,11 @@ class Sensitivity:
         """The same of a matrix whose errors matter so much."""
         return Sensitivity(self.weights, {kept: own * weight for kept, own in self.errors.items()})
 
+    def beside(self, other: "Sensitivity") -> "Sensitivity":
+        """Of both together, with the same N."""
+        errors = {kept: own + other.errors[kept] for kept, own in self.errors.items()}
+        return Sensitivity(self.weights + other.weights, errors)
+
 
 def sensitivity(weight: Tensor, moments: Tensor) -> Sensitivity:
     """Of a matrix [R, K] by the moments [K, K] of its inputs, pruned as by Wanda: cheap, and in the
@@ -44,11 +49,25 @@ def sensitivity(weight: Tensor, moments: Tensor) -> Sensitivity:
     return Sensitivity(weight.numel(), errors)
 
 
-def allot(found: Mapping[str, Sensitivity], sparsity: float) -> dict[str, int]:
+def allot(
+    found: Mapping[str, Sensitivity],
+    sparsity: float,
+    kind: Callable[[str], str] = lambda name: name,
+) -> dict[str, int]:
     """N for each matrix, such that at least the share `sparsity` of all weights goes.
 
-    Raises ConfigError if no choice of N is as sparse, or none as dense.
+    Matrices of one `kind` have the same N. Raises ConfigError if no choice of N is as sparse, or
+    none as dense.
     """
+    kinds: dict[str, Sensitivity] = {}
+    for name, own in found.items():
+        same = kinds.get(kind(name))
+        kinds[kind(name)] = own if same is None else same.beside(own)
+    chosen = _chosen(kinds, sparsity)
+    return {name: chosen[kind(name)] for name in found}
+
+
+def _chosen(found: Mapping[str, Sensitivity], sparsity: float) -> dict[str, int]:
     if not 1 - CHOICES[-1] / SPAN <= sparsity <= 1 - CHOICES[0] / SPAN:
         raise ConfigError(
             f"a sparsity of {sparsity} is out of reach: {CHOICES[0]}:16 to {CHOICES[-1]}:16 are "

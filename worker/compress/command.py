@@ -46,6 +46,10 @@ def compress(
         float | None,
         typer.Option(help="on average; N of N:16 is then measured for each weight (reads twice)"),
     ] = None,
+    experts_alike: Annotated[
+        bool,
+        typer.Option(help="then one N for all experts, so that engines can fetch single ones"),
+    ] = False,
     weight_bits: Annotated[
         int | None,
         typer.Option(help="of a value: 4, 8 or 16, instead of --format; all are kept by default"),
@@ -81,6 +85,8 @@ def compress(
     """Compress a Gemma 4 checkpoint layer by layer; run it again to go on after an interruption."""
     with errors_told():
         way, knobs = _mode(mode), _knobs(sparsity, weight_bits)
+        if experts_alike and sparsity is None:
+            raise ConfigError("--experts-alike is about what --sparsity allots: give that, too")
         recipe = _recipe(format, knobs, way, dict(map(_exception, keep or [])))
         recipe = replace(recipe, embeddings=_embeddings(embeddings or EMBEDDINGS))
         options = ("--format", "--sparsity", "--weight-bits", "--keep", "--embeddings")
@@ -105,6 +111,7 @@ def compress(
             "mode": mode,
             "keep": keep or [],
             "sparsity": sparsity,
+            **({"experts_alike": True} if experts_alike else {}),
             "embeddings": str(recipe.embeddings or ""),
             "calibration": {
                 **{"sequences": count, "length": length, "seed": seed},
@@ -117,7 +124,8 @@ def compress(
         outcomes = [] if recover is None else _made(pruned, {**about, "like": like_print})
         if not outcomes and sparsity is not None and not (sparsity == 0 and _is_dense(recipe)):
             with progress("measuring") as told:
-                recipe = allotted(recipe, measure(source, tokens, where, told, tuned), sparsity)
+                found = measure(source, tokens, where, told, tuned)
+                recipe = allotted(recipe, found, sparsity, experts_alike)
         if not outcomes:
             with progress("compressing") as told:
                 outcomes = compress_checkpoint(

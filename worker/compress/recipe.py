@@ -80,15 +80,27 @@ class Outcome:
     """Experts that saw too few inputs."""
 
 
-def allotted(recipe: Recipe, found: Mapping[str, Sensitivity], sparsity: float) -> Recipe:
+def _kind(name: str) -> str:
+    """The name of a weight; of experts', without the layer's number."""
+    parts = name.split(".")
+    return ".".join(parts[2:]) if "experts" in parts else name
+
+
+def allotted(
+    recipe: Recipe,
+    found: Mapping[str, Sensitivity],
+    sparsity: float,
+    experts_alike: bool = False,
+) -> Recipe:
     """A recipe that prunes `sparsity` on average of what the given one does not except.
 
+    If `experts_alike`, those of all layers have the same N, as slots of single experts want it.
     Raises ConfigError if its format is dense or the average is out of reach.
     """
     format = recipe.format
     if format is None or format.dense:
         raise ConfigError(f"--sparsity needs a format N:16, not {format}")
     own = {name: each for name, each in found.items() if recipe.of(name) == format}
-    chosen = allot(own, sparsity)
+    chosen = allot(own, sparsity, _kind if experts_alike else str)
     formats = {name: replace(format, kept=kept) for name, kept in chosen.items()}
     return replace(recipe, exceptions={**recipe.exceptions, **formats})

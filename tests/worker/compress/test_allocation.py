@@ -55,6 +55,18 @@ def test_nearly_the_best_of_all_choices(seed: int) -> None:
     assert error_of(found, chosen) <= error_of(found, dict.fromkeys(found, 5))
 
 
+def test_matrices_of_a_kind_have_the_same_n() -> None:
+    """As if they were one matrix; a kind of its own each is none."""
+    found = random_matrices(12, 3, equal=False)
+    chosen = allot(found, 0.6875, lambda name: name[-1] if name < "m6" else name)
+    assert sparsity_of(found, chosen) >= 0.6875
+    kinds: dict[str, set[int]] = {}
+    for name, kept in chosen.items():
+        kinds.setdefault(name[-1] if name < "m6" else name, set()).add(kept)
+    assert all(len(own) == 1 for own in kinds.values()) and len(kinds) < 12
+    assert allot(found, 0.6875) == allot(found, 0.6875, str)
+
+
 def test_out_of_reach() -> None:
     found = random_matrices(3, 0, equal=True)
     for sparsity in (0.4, 0.8):

@@ -177,6 +177,11 @@ def test_survivors_allotted_by_what_they_matter(
     assert {each.name: each.format for each in outcomes} == {
         name: f"{n}:16-bf16" for name, n in kept.items()
     }
+    alike = allotted(uniform, found, 1 - 5 / 16, experts_alike=True)
+    for part in ("gate_up", "down"):
+        own = {alike.of(name) for name in found if name.endswith(f"experts.{part}")}
+        assert len(own) == 1
+    assert alike.exceptions.keys() == recipe.exceptions.keys()
     partly = Recipe(uniform.format, "wanda", {"layers.0.*": INT8})
     assert allotted(partly, found, 0.7).of("layers.0.attention.qkv.weight") == INT8
     with pytest.raises(ConfigError, match="N:16"):
