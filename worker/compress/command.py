@@ -49,7 +49,7 @@ def compress(
     experts_alike: Annotated[
         bool,
         typer.Option(help="then one N for all experts, so that engines can fetch single ones"),
-    ] = False,
+    ] = True,
     weight_bits: Annotated[
         int | None,
         typer.Option(help="of a value: 4, 8 or 16, instead of --format; all are kept by default"),
@@ -85,8 +85,6 @@ def compress(
     """Compress a Gemma 4 checkpoint layer by layer; run it again to go on after an interruption."""
     with errors_told():
         way, knobs = _mode(mode), _knobs(sparsity, weight_bits)
-        if experts_alike and sparsity is None:
-            raise ConfigError("--experts-alike is about what --sparsity allots: give that, too")
         recipe = _recipe(format, knobs, way, dict(map(_exception, keep or [])))
         recipe = replace(recipe, embeddings=_embeddings(embeddings or EMBEDDINGS))
         options = ("--format", "--sparsity", "--weight-bits", "--keep", "--embeddings")
@@ -111,7 +109,7 @@ def compress(
             "mode": mode,
             "keep": keep or [],
             "sparsity": sparsity,
-            **({"experts_alike": True} if experts_alike else {}),
+            "experts_alike": experts_alike,
             "embeddings": str(recipe.embeddings or ""),
             "calibration": {
                 **{"sequences": count, "length": length, "seed": seed},

@@ -90,7 +90,7 @@ def allotted(
     recipe: Recipe,
     found: Mapping[str, Sensitivity],
     sparsity: float,
-    experts_alike: bool = False,
+    experts_alike: bool = True,
 ) -> Recipe:
     """A recipe that prunes `sparsity` on average of what the given one does not except.
 

@@ -153,7 +153,6 @@ def test_knobs_that_compress_nothing_are_told() -> None:
         (("--sequences", "100000"), "Give more text"),
         (("--sparsity", "0.9"), "--sparsity: must be 0 to 0.75"),
         (("--sparsity", "0.3"), "out of reach"),
-        (("--experts-alike",), "give that, too"),
         (("--embeddings", "5:16-int4-g64"), "choose a dense format, or plain"),
         (("--embeddings", "int8"), "no format; write"),
         (("--weight-bits", "8"), "--format and --weight-bits both say"),

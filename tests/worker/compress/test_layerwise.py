@@ -166,7 +166,7 @@ def test_survivors_allotted_by_what_they_matter(
     """At the same average; what is excepted keeps its format and does not count."""
     source, uniform = tiny_checkpoint("7"), Recipe(Format.parse("5:16-bf16"), "wanda")
     found = measure(source, tokens(12), CPU)
-    recipe = allotted(uniform, found, 1 - 5 / 16)
+    recipe = allotted(uniform, found, 1 - 5 / 16, experts_alike=False)
     assert len({recipe.of(name) for name in found}) > 1
     kept = {name: own.kept for name in found if (own := recipe.of(name))}
     total = sum(each.weights for each in found.values())
@@ -177,10 +177,10 @@ def test_survivors_allotted_by_what_they_matter(
     assert {each.name: each.format for each in outcomes} == {
         name: f"{n}:16-bf16" for name, n in kept.items()
     }
-    alike = allotted(uniform, found, 1 - 5 / 16, experts_alike=True)
+    alike = allotted(uniform, found, 1 - 5 / 16)
     for part in ("gate_up", "down"):
-        own = {alike.of(name) for name in found if name.endswith(f"experts.{part}")}
-        assert len(own) == 1
+        same = {alike.of(name) for name in found if name.endswith(f"experts.{part}")}
+        assert len(same) == 1
     assert alike.exceptions.keys() == recipe.exceptions.keys()
     partly = Recipe(uniform.format, "wanda", {"layers.0.*": INT8})
     assert allotted(partly, found, 0.7).of("layers.0.attention.qkv.weight") == INT8
