@@ -57,7 +57,7 @@ async def fuse_cost(runs: int) -> dict[str, Any]:
     """Milliseconds a token: one member alone, three fused, and the slowest of their steps.
 
     The overhead is what a fused token takes over one of a member alone. A simulated step that the
-    machine has ended late is followed by a shorter one, in both (`stub_worker.Clock`), so that the
+    machine has ended late is followed by a shorter one, in both (`stub_clock.Clock`), so that the
     sleeping is not counted as the gateway's; that one of three is always the latest still is.
     """
     times: dict[str, list[float]] = {"alone": [], "fused": [], "slowest": []}

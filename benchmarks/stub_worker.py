@@ -25,22 +25,19 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import closing
 from dataclasses import fields
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 import grpc.aio
 import uvloop
-from google.protobuf.any_pb2 import Any as AnyMessage
-from google.protobuf.duration_pb2 import Duration
-from google.protobuf.message import Message
-from google.rpc import code_pb2, error_details_pb2, status_pb2
+from google.rpc import code_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from conclave.protos import generation_pb2 as pb
 from conclave.protos import worker_pb2, worker_pb2_grpc
 from conclave.worker.address import local_name
 
-from .exact_sleep import ExactSleep
+from .stub_clock import Clock
 from .stub_machine import (
     MAX_CONTEXT,
     MAX_OUTPUTS,
@@ -48,48 +45,14 @@ from .stub_machine import (
     Job,
     Machine,
     Refusal,
-    Sequence,
     Settings,
     Told,
 )
+from .stub_replies import Gathered, Stepper, abort, scores
+from .stub_talk import Talk
 
 SERVICE = worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name
-DETAILS_KEY = "grpc-status-details-bin"
 MESSAGE_MIB = 64
-LATE_SECONDS = 0.1
-"""A stub this late gives up catching up with its own schedule."""
-_CODES = {code.value[0]: code for code in grpc.StatusCode}
-
-
-class Clock:
-    """When the steps of a simulated machine end.
-
-    The loop's sleep ends late, by a millisecond and more on a busy machine, which no real step
-    does: what one step has taken too long is deducted from the next one. The same for all that is
-    stepped, by the worker itself or from outside.
-    """
-
-    def __init__(self) -> None:
-        self._began = time.monotonic()
-        self._late = 0.0
-        self._sleep = ExactSleep()
-
-    def begin(self) -> None:
-        """A step begins now, and not with the end of the last one."""
-        self._began = time.monotonic()
-
-    def close(self) -> None:
-        """Give the timer back."""
-        self._sleep.close()
-
-    async def step(self, seconds: float) -> float:
-        """Until the end of the present step, with which the next one begins; returns what it took
-        in truth."""
-        due = self._began + seconds - self._late
-        await self._sleep.until(due)
-        began, self._began = self._began, time.monotonic()
-        self._late = min(self._began - due, LATE_SECONDS)
-        return self._began - began
 
 
 class StubWorker(worker_pb2_grpc.WorkerServiceServicer):
@@ -105,7 +68,7 @@ class StubWorker(worker_pb2_grpc.WorkerServiceServicer):
         self._last_step = time.monotonic()
         self._step_times: list[float] = []
         self._wake = asyncio.Event()
-        self._talks: set[_Talk] = set()
+        self._talks: set[Talk] = set()
         self.health = health.aio.HealthServicer()  # type: ignore[attr-defined]
 
     async def run(self) -> None:
@@ -219,15 +182,15 @@ class StubWorker(worker_pb2_grpc.WorkerServiceServicer):
     ) -> AsyncIterator[pb.GenerateResponse]:
         async for told in self._answer(request, context):
             if isinstance(told, Refusal):
-                await _abort(context, told)
+                await abort(context, told)
             yield told
 
     async def Complete(self, request: pb.GenerateRequest, context: Any) -> pb.CompleteResponse:
-        gathered = _Gathered()
+        gathered = Gathered()
         request.whole = True
         async for told in self._answer(request, context):
             if isinstance(told, Refusal):
-                await _abort(context, told)
+                await abort(context, told)
             gathered.take(told)
         return gathered.response
 
@@ -236,10 +199,10 @@ class StubWorker(worker_pb2_grpc.WorkerServiceServicer):
             self.check_open()
             return scores(request, self.settings)
         except Refusal as refusal:
-            await _abort(context, refusal)
+            await abort(context, refusal)
 
     async def Converse(self, requests: Any, context: Any) -> None:
-        talk = _Talk(self, context)
+        talk = Talk(self, context)
         self._talks.add(talk)
         try:
             await talk.run()
@@ -247,12 +210,12 @@ class StubWorker(worker_pb2_grpc.WorkerServiceServicer):
             self._talks.discard(talk)
 
     async def Step(self, requests: Any, context: Any) -> None:
-        stepper: _Stepper | None = None
+        stepper: Stepper | None = None
         with closing(Clock()) as clock:
             while (request := await context.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
                 clock.begin()
                 if stepper is None:
-                    stepper = _Stepper(request.open, self.settings)
+                    stepper = Stepper(request.open, self.settings)
                     response = stepper.opened()
                 else:
                     response = stepper.take(list(request.take.ids), request.take.generate)
@@ -290,204 +253,6 @@ class StubWorker(worker_pb2_grpc.WorkerServiceServicer):
                 yield told
         finally:
             self.machine.abort(job)
-
-
-class _Gathered:
-    """Makes one answer of a request's events."""
-
-    def __init__(self) -> None:
-        self.response = pb.CompleteResponse()
-        self._tokens: dict[int, list[pb.Token]] = {}
-
-    def take(self, event: pb.GenerateResponse) -> None:
-        """One more event."""
-        if event.HasField("delta"):
-            self._tokens.setdefault(event.delta.output_index, []).extend(event.delta.tokens)
-            return
-        finished, response = event.finished, self.response
-        response.request_id = event.request_id
-        response.usage.CopyFrom(finished.usage)
-        response.timings.CopyFrom(finished.timings)
-        response.worker, response.model = finished.worker, finished.model
-        for end in finished.outputs:
-            tokens = self._tokens.get(end.output_index, [])
-            response.outputs.add(text="".join(t.text for t in tokens), tokens=tokens, end=end)
-
-
-class _Talk:
-    """One call of Converse: asks in, replies out, as many as there are in a message."""
-
-    def __init__(self, worker: StubWorker, context: Any) -> None:
-        self._worker = worker
-        self._context = context
-        self._jobs: dict[int, Job] = {}
-        self._ready: list[worker_pb2.Reply] = []
-        self._due = asyncio.Event()
-
-    async def run(self) -> None:
-        """Until the caller ends the call."""
-        writer = asyncio.create_task(self._write())
-        try:
-            while (message := await self._context.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
-                self._take(message)
-        finally:
-            writer.cancel()
-            for job in self._jobs.values():
-                self._worker.machine.abort(job)
-
-    def flush(self) -> None:
-        """Writes what has gathered."""
-        if self._ready:
-            self._due.set()
-
-    def _take(self, message: worker_pb2.ConverseRequest) -> None:
-        ask, action = message.ask, message.WhichOneof("action")
-        timeout = message.timeout_seconds if message.HasField("timeout_seconds") else None
-        try:
-            if action == "generate":
-                sink = self._stream(ask)
-                self._jobs[ask] = self._worker.submit(message.generate, sink, timeout)
-            elif action == "complete":
-                message.complete.whole = True
-                self._jobs[ask] = self._worker.submit(message.complete, self._whole(ask), timeout)
-            elif action == "score":
-                self._worker.check_open()
-                answer = scores(message.score, self._worker.settings)
-                self._reply(worker_pb2.Reply(ask=ask, scores=answer, last=True))
-            elif ask in self._jobs:
-                self._worker.machine.abort(self._jobs.pop(ask))
-        except Refusal as refusal:
-            self._refuse(ask, refusal)
-        self.flush()
-
-    def _stream(self, ask: int) -> Callable[[Told], None]:
-        def sink(told: Told) -> None:
-            if isinstance(told, Refusal):
-                self._refuse(ask, told)
-                return
-            self._ready.append(worker_pb2.Reply(ask=ask, event=told))
-            if not told.HasField("delta"):
-                self._reply(worker_pb2.Reply(ask=ask, last=True))
-
-        return sink
-
-    def _whole(self, ask: int) -> Callable[[Told], None]:
-        gathered = _Gathered()
-
-        def sink(told: Told) -> None:
-            if isinstance(told, Refusal):
-                self._refuse(ask, told)
-                return
-            gathered.take(told)
-            if told.HasField("finished"):
-                self._reply(worker_pb2.Reply(ask=ask, completion=gathered.response, last=True))
-
-        return sink
-
-    def _refuse(self, ask: int, refusal: Refusal) -> None:
-        status = status_of(refusal).SerializeToString()
-        self._reply(worker_pb2.Reply(ask=ask, status=status, last=True))
-
-    def _reply(self, last: worker_pb2.Reply) -> None:
-        self._jobs.pop(last.ask, None)
-        self._ready.append(last)
-
-    async def _write(self) -> None:
-        while True:
-            await self._due.wait()
-            self._due.clear()
-            ready, self._ready = self._ready, []
-            await self._context.write(worker_pb2.ConverseResponse(replies=ready))
-
-
-class _Stepper:
-    """One call of Step."""
-
-    def __init__(self, opened: worker_pb2.StepOpen, settings: Settings) -> None:
-        request = opened.request
-        made = len(request.made[0].ids) if request.made else 0
-        self._settings = settings
-        self._first = opened
-        self._sequence = Sequence.of(request, 0, settings.weights, made)
-
-    def opened(self) -> worker_pb2.StepResponse:
-        """The first response."""
-        response = self.take([], self._first.generate)
-        request = self._first.request
-        response.opened.CopyFrom(
-            worker_pb2.StepOpened(
-                prompt_ids=list(request.prompt.token_ids.ids),
-                vocab_size=VOCABULARY,
-                sampling=request.sampling,
-                stop_ids=sorted(self._sequence.stops),
-                worker=self._settings.name,
-                model=self._settings.model,
-                tokenizer_fingerprint=self._settings.tokenizer,
-            )
-        )
-        return response
-
-    def take(self, ids: list[int], generate: int) -> worker_pb2.StepResponse:
-        """Tokens that the caller has chosen, then tokens that this worker chooses."""
-        sequence = self._sequence
-        sequence.take(ids)
-        while generate and sequence.reason is None:
-            ids.append(sequence.next())
-            generate -= 1
-        response = worker_pb2.StepResponse(position=sequence.position)
-        response.tokens.extend(pb.Token(id=each, text=f"{each} ") for each in ids)
-        if sequence.reason is not None:
-            response.end.CopyFrom(sequence.end())
-            return response
-        return self._distribution(response)
-
-    def _distribution(self, response: worker_pb2.StepResponse) -> worker_pb2.StepResponse:
-        """A made-up one: halves from the true next token on."""
-        following = Sequence(0, self._sequence.key, self._sequence.position, 2**62, 0, frozenset())
-        first = following.next()
-        for rank in range(min(self._first.candidates, VOCABULARY)):
-            response.ids.append((first + rank) % VOCABULARY)
-            response.logprobs.append(-math.log(2) * (rank + 1))
-        return response
-
-
-def scores(request: pb.ScoreRequest, settings: Settings) -> pb.ScoreResponse:
-    """Made-up log-likelihoods, a function of the texts. Raises Refusal."""
-    if not request.continuations:
-        name = "continuations"
-        raise Refusal(code_pb2.INVALID_ARGUMENT, f"{name}: is empty", field=name)
-    counts = [max(1, each.ByteSize() // 4) for each in request.continuations]
-    return pb.ScoreResponse(
-        request_id=request.request_id,
-        scores=[pb.Score(logprob=-0.5 * count, scored_tokens=count) for count in counts],
-        worker=settings.name,
-        model=settings.model,
-    )
-
-
-def status_of(refusal: Refusal) -> status_pb2.Status:
-    """A refusal as a worker says it, with its details."""
-    detail: Message
-    if refusal.retry_after is not None:
-        delay = Duration()
-        delay.FromNanoseconds(int(refusal.retry_after * 1e9))
-        detail = error_details_pb2.RetryInfo(retry_delay=delay)
-    elif refusal.field:
-        violation = error_details_pb2.BadRequest.FieldViolation(
-            field=refusal.field, description=refusal.message
-        )
-        detail = error_details_pb2.BadRequest(field_violations=[violation])
-    else:
-        detail = error_details_pb2.ErrorInfo(reason="stub", domain="conclave.v1")
-    packed = AnyMessage()
-    packed.Pack(detail)
-    return status_pb2.Status(code=refusal.code, message=refusal.message, details=[packed])
-
-
-async def _abort(context: Any, refusal: Refusal) -> NoReturn:
-    trailing = ((DETAILS_KEY, status_of(refusal).SerializeToString()),)
-    await context.abort(_CODES[refusal.code], refusal.message, trailing)
-    raise AssertionError("abort returned")
 
 
 async def serve(settings: Settings, host: str, port: int) -> None:
