@@ -174,7 +174,7 @@ def variants() -> Iterator[Variant]:
                 plan = _plan(format, tokens, hopper, 8)
                 own = (*["*bf16"] * (3 if hopper else 2), *types)
                 yield Variant(plan.kernel, own, plan.constants, WARPS, 1, targets, plan.options)
-        own = (*["*bf16"] * 3, *weight, "*i32", "*fp32", "*i32", *["i32"] * 6, "fp32")
+        own = (*["*bf16"] * 3, *weight, "*fp32", "*i32", *["i32"] * 5, "fp32")
         for tokens in STAGED:
             found = _staged_plan(format, tokens)
             if found is not None:
@@ -294,9 +294,9 @@ def _matmul_staged(
     plan.kernel.launch(
         grid,
         *(out, ordered, sums, weight.codes, weight.scales),
-        *(out if residual is None else residual, counters, partials, counters),
+        *(out if residual is None else residual, partials, counters),
         *(len(x), weight.rows, weight.columns, tiles),
-        *(epilogue_of(residual, gated), 0, float(scale)),
+        *(epilogue_of(residual, gated), float(scale)),
         constants=plan.constants,
         warps=WARPS,
         stages=1,

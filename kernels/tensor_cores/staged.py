@@ -28,7 +28,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..formats import TILE
 from ..workspace import barrier, meet_distributed
 from .decode import TINY_TIMES, placed, places, widened
-from .grouping import share_of
 from .phases import after, copy_phase, place_of, scales_of, unknown, words_at_step
 from .stream_k import meet_neighbours, pieces, share
 from .wgmma import FOURS, factors_of, left_of
@@ -127,7 +126,6 @@ def tile_staged(
     codes,
     scales,
     residual,
-    blocks,
     partials,
     counters,
     tokens,
@@ -135,7 +133,6 @@ def tile_staged(
     columns,
     tiles,
     epilogue,
-    grouped,
     scale,
     KEPT: gl.constexpr,
     BITS: gl.constexpr,
@@ -148,20 +145,16 @@ def tile_staged(
 ):
     gl.static_assert(BITS == 4 and KEPT < 16)
     tl.extra.cuda.gdc_launch_dependents()
-    if grouped > 0:
-        tl.extra.cuda.gdc_wait()
     chunks = columns // GROUP
+    begins = gl.program_id(0) * TOKENS
     if EVEN:
-        begins = gl.program_id(0) * TOKENS
-        ends = tokens
         first, last = share(gl.program_id(1), gl.num_programs(1), tiles * chunks)
     else:
-        expert, begins, ends = share_of(blocks, tokens, grouped, TOKENS)
         each = gl.cdiv(chunks, gl.num_programs(2))
         own = gl.program_id(2) * each
-        origin = (expert * tiles + gl.program_id(1)) * chunks
+        origin = gl.program_id(1) * chunks
         first = origin + gl.minimum(own, chunks)
-        last = gl.where(begins < ends, origin + gl.minimum(own + each, chunks), first)
+        last = origin + gl.minimum(own + each, chunks)
     codes = codes.to(gl.pointer_type(gl.int32), bitcast=True)
     scales = scales.to(gl.pointer_type(gl.int64), bitcast=True)
     place = place_of(KEPT, GROUP, TOKENS, PHASE, SIDES)
@@ -228,7 +221,7 @@ def tile_staged(
         async_copy.wait_group(0)
         barrier()
         _meet(
-            *(y, total, residual, epilogue, scale, partials, counters, begins, ends, rows),
+            *(y, total, residual, epilogue, scale, partials, counters, begins, tokens, rows),
             TOKENS,
         )
     async_copy.wait_group(0)
@@ -244,7 +237,7 @@ def _meet(
     partials,
     counters,
     begins,
-    ends,
+    tokens,
     rows,
     TOKENS: gl.constexpr,
 ):
@@ -262,7 +255,7 @@ def _meet(
         scale,
         partials,
         counters,
-        ends,
+        tokens,
         rows,
         gl.program_id(1) * _TILE + row,
         (begins + number,),
