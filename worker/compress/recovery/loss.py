@@ -38,11 +38,10 @@ def losses(
     """
     ours = hidden_states(student, tokens)
     targets = tokens[:, 1:].flatten()
-    counts = real.repeat_interleave(tokens.shape[1] - 1)
+    counts = real[:, None].expand(-1, tokens.shape[1] - 1).flatten()
     vocabulary = student.config.vocab_size
-    each = torch.stack(
-        (counts.new_tensor(len(counts), dtype=torch.long), counts.sum().clamp(min=1))
-    )
+    seen = counts.sum().clamp(min=1)
+    each = torch.stack((torch.full_like(seen, len(counts)), seen))
     if len(targets) * vocabulary <= _WHOLE:
         return _sums(student, teachers, ours, targets, counts, *theirs) / each
     rows = max(1, _PART // vocabulary)
