@@ -81,13 +81,8 @@ class Fetcher:
             if size % 16 or offset % 16 or stack.data_ptr() % 16 or not stack.is_contiguous():
                 raise KernelInputError(f"a part of {size} bytes at {offset}: no multiples of 16")
             for begin in range(0, size, 8 * _WORDS):
-                own = (
-                    offset + begin,
-                    stack.data_ptr() + begin,
-                    size,
-                    min(_WORDS, (size - begin) // 8),
-                )
-                chunks.append(list(own))
+                words = min(_WORDS, (size - begin) // 8)
+                chunks.append([offset + begin, stack.data_ptr() + begin, size, words])
         self._stacks = stacks  # keeps what the addresses point to
         self._chunks = torch.tensor(chunks, dtype=torch.int64, device=records.device)
 

@@ -52,7 +52,7 @@ def sensitivity(weight: Tensor, moments: Tensor) -> Sensitivity:
 def allot(
     found: Mapping[str, Sensitivity],
     sparsity: float,
-    kind: Callable[[str], str] = lambda name: name,
+    kind: Callable[[str], str] = str,
 ) -> dict[str, int]:
     """N for each matrix, such that at least the share `sparsity` of all weights goes.
 
