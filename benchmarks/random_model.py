@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from conclave.kernels.formats import Format, PackedWeight, from_tensors
 from conclave.kernels.layouts import pack
 from conclave.worker.memory.experts.cache import ExpertCache
-from conclave.worker.memory.streaming import LayerStream
+from conclave.worker.memory.streaming.layers import LayerStream
 from conclave.worker.model.config import ModelConfig
 from conclave.worker.model.decoder import Decoder
 from conclave.worker.model.packed import packable, put_packed, tables

@@ -4,7 +4,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from .memory.experts.cache import ExpertUse
-from .memory.streaming import StreamUse
+from .memory.streaming.copies import StreamUse
 from .running.caches import NarrowUse
 from .scheduling.cache import PoolUse
 from .scheduling.tier import TierUse

@@ -19,7 +19,7 @@ from .errors import CheckpointError, ConfigError
 from .memory.device import cache_memory, free_memory, memory_of
 from .memory.experts.cache import ExpertCache
 from .memory.plan import Plan, gib, plan_memory
-from .memory.streaming import LayerStream
+from .memory.streaming.layers import LayerStream
 from .model.config import ModelConfig, cache_groups
 from .model.decoder import Decoder
 from .model.packed import pack_decoder, packable, round_decoder

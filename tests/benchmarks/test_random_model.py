@@ -9,7 +9,7 @@ from benchmarks.random_model import RandomModel
 from conclave.kernels.formats import Format
 from conclave.worker.memory.residency import choose, least
 from conclave.worker.memory.shapes import shape_settings
-from conclave.worker.memory.streaming import LayerStream
+from conclave.worker.memory.streaming.layers import LayerStream
 from conclave.worker.model.config import ModelConfig
 from conclave.worker.model.decoder import Decoder, DenseAttention
 from conclave.worker.model.storage import storage_of

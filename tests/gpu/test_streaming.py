@@ -19,7 +19,7 @@ from conclave.worker.errors import ConfigError
 from conclave.worker.memory.host import HostBlock
 from conclave.worker.memory.residency import choose, least
 from conclave.worker.memory.shapes import shape_settings
-from conclave.worker.memory.streaming import LayerStream
+from conclave.worker.memory.streaming.layers import LayerStream
 from conclave.worker.model.config import ModelConfig
 from conclave.worker.model.decoder import Decoder
 from conclave.worker.model.storage import storage_of

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..model.decoder import Decoder
-from .streaming import LayerStream
+from .streaming.layers import LayerStream
 from .timeline import Lane, Span, Timeline
 
 _Moment = float | torch.cuda.Event
@@ -42,7 +42,7 @@ class StepRecorder:
         """Watch from now on."""
         self._base = self._now()
         if self._stream is not None:
-            self._stream.watch = self.span
+            self._stream.copies.watch = self.span
         for number, layer in enumerate(self._decoder.layers):
             self._hook(number, layer)
 
@@ -52,7 +52,7 @@ class StepRecorder:
             hook.remove()
         self._hooks.clear()
         if self._stream is not None:
-            self._stream.watch = None
+            self._stream.copies.watch = None
         last = self._now()
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...kernels.reference import Pages, plan_pages
 from ..memory.experts.cache import ExpertCache
-from ..memory.streaming import LayerStream
+from ..memory.streaming.layers import LayerStream
 from ..model.config import ModelConfig, cache_groups
 from ..model.decoder import Decoder
 from .batch import Chunk, Step, build_step

@@ -12,7 +12,8 @@ import torch
 
 from conclave.kernels.formats import Format
 from conclave.worker.memory.residency import choose, least
-from conclave.worker.memory.streaming import LayerStream
+from conclave.worker.memory.streaming.copies import Copies
+from conclave.worker.memory.streaming.layers import LayerStream
 from conclave.worker.model.config import ModelConfig
 from conclave.worker.model.decoder import Decoder
 from conclave.worker.model.packed import pack_decoder
@@ -88,18 +89,18 @@ def test_copies_come_when_they_were_planned(
     tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    fill, acquire = LayerStream._fill, LayerStream.acquire
+    fill, acquire = Copies._fill, Copies.acquire
 
-    def told_fill(self: LayerStream, position: int) -> None:
+    def told_fill(self: Copies, position: int) -> None:
         seen.append(f"copy {position}")
         fill(self, position)
 
-    def told_acquire(self: LayerStream, position: int) -> None:
+    def told_acquire(self: Copies, position: int) -> torch.Tensor:
         seen.append(f"run {position}")
-        acquire(self, position)
+        return acquire(self, position)
 
-    monkeypatch.setattr(LayerStream, "_fill", told_fill)
-    monkeypatch.setattr(LayerStream, "acquire", told_acquire)
+    monkeypatch.setattr(Copies, "_fill", told_fill)
+    monkeypatch.setattr(Copies, "acquire", told_acquire)
     folder = tiny_checkpoint("1")
     blocks = Streamed(folder).stream.residency.blocks
     ahead = Streamed(folder, room=least(blocks, 1), ahead=1)
