@@ -2,6 +2,7 @@
 
 KernelError
 ├── LayoutError      (ValueError)   a format, or a packed weight, that cannot be
+├── CodeError        (ValueError)   a tensor that a lossless code has no room for
 ├── KernelInputError (ValueError)   arguments that a kernel cannot take; raised before any launch
 ├── KernelMissing                   no binary of a kernel's variant, and compiling here is forbidden
 ├── LaunchError                     the driver or the card refused a kernel
@@ -15,6 +16,10 @@ class KernelError(Exception):
 
 class LayoutError(KernelError, ValueError):
     """A weight format that does not exist, or tensors that are not in it."""
+
+
+class CodeError(KernelError, ValueError):
+    """A tensor that does not fit its lossless code: it has to travel as it is."""
 
 
 class KernelInputError(KernelError, ValueError):
