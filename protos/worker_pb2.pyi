@@ -219,18 +219,20 @@ class GetLoadResponse(_message.Message):
     def __init__(self, running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., outstanding_tokens: _Optional[int] = ..., pools: _Optional[_Iterable[_Union[BlockPool, _Mapping]]] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., steps: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., draining: _Optional[bool] = ..., step_age_seconds: _Optional[float] = ..., streaming: _Optional[_Union[Streaming, _Mapping]] = ..., experts: _Optional[_Union[Experts, _Mapping]] = ...) -> None: ...
 
 class Streaming(_message.Message):
-    __slots__ = ("layers", "slots", "host_bytes", "copied_bytes", "stalled_seconds")
+    __slots__ = ("layers", "slots", "host_bytes", "copied_bytes", "stalled_seconds", "coded")
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     HOST_BYTES_FIELD_NUMBER: _ClassVar[int]
     COPIED_BYTES_FIELD_NUMBER: _ClassVar[int]
     STALLED_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    CODED_FIELD_NUMBER: _ClassVar[int]
     layers: int
     slots: int
     host_bytes: int
     copied_bytes: int
     stalled_seconds: float
-    def __init__(self, layers: _Optional[int] = ..., slots: _Optional[int] = ..., host_bytes: _Optional[int] = ..., copied_bytes: _Optional[int] = ..., stalled_seconds: _Optional[float] = ...) -> None: ...
+    coded: bool
+    def __init__(self, layers: _Optional[int] = ..., slots: _Optional[int] = ..., host_bytes: _Optional[int] = ..., copied_bytes: _Optional[int] = ..., stalled_seconds: _Optional[float] = ..., coded: _Optional[bool] = ...) -> None: ...
 
 class Experts(_message.Message):
     __slots__ = ("layers", "experts", "slots", "host_bytes", "hits", "misses", "foreseen", "foreseen_used", "fetched_bytes", "wasted_bytes", "stalled_seconds")

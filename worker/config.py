@@ -59,6 +59,9 @@ class EngineConfig(BaseModel):
     stream_experts: bool = True
     """Where experts do not fit `knobs.memory_budget`: keep all on the host and fetch single ones
     into slots as they are needed, instead of copying whole layers at every step."""
+    stream_coded: bool = True
+    """Where layers do not fit `knobs.memory_budget`: keep them in a shorter code without loss, on
+    the device too, and decode each before it runs, if that makes steps faster."""
     prefix_cache: bool = True
     """Reuse the KV blocks of a prompt's beginning that an earlier request has computed."""
     max_logprobs: int = Field(default=64, ge=0)

@@ -1,6 +1,7 @@
 """From settings to a model that can run: device, weights, tokenizer, and a cache that fits."""
 
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..kernels.errors import LayoutError
+from ..kernels.errors import CodeError, LayoutError
 from ..kernels.layouts import Format
 from .compress.manifest import MANIFEST, read_manifest
 from .compress.reader import check_settings, is_compressed, load_compressed, read_list
@@ -19,6 +20,7 @@ from .errors import CheckpointError, ConfigError
 from .memory.device import cache_memory, free_memory, memory_of
 from .memory.experts.cache import ExpertCache
 from .memory.plan import Plan, gib, plan_memory
+from .memory.streaming.coded import stream_of
 from .memory.streaming.layers import LayerStream
 from .model.config import ModelConfig, cache_groups
 from .model.decoder import Decoder
@@ -32,6 +34,8 @@ from .running.runner import ModelRunner
 from .scheduling.sizing import CachePlan, plan_cache
 from .text.tokenizer import Tokenizer
 from .weights import blank_decoder, load_decoder
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Called with tensors loaded so far and in all."""
@@ -68,13 +72,24 @@ class LoadedModel:
 
 
 def load_model(config: EngineConfig, progress: Progress | None = None) -> LoadedModel:
-    """Load a checkpoint as the settings say.
+    """Load a checkpoint as the settings say, or without codes if its weights do not fit them.
 
     Raises:
         CheckpointError: the folder does not hold a Gemma 4 checkpoint that can be run.
         ConfigError: the device is not there, weights or cache do not fit, a compressed checkpoint
             would be packed again or is not as the knobs say.
     """
+    try:
+        return _load(config, progress)
+    except CodeError as error:
+        log.warning("%s is loaded again, as if stream_coded were false: %s", config.model, error)
+    if torch.cuda.is_available():  # what the first attempt took
+        torch.cuda.empty_cache()
+    return _load(config.model_copy(update={"stream_coded": False}), progress)
+
+
+def _load(config: EngineConfig, progress: Progress | None) -> LoadedModel:
+    """See `load_model`; raises CodeError too."""
     folder = config.model
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give the path of a checkpoint")
@@ -185,8 +200,8 @@ def _stream(budget: Plan | None, device: torch.device) -> LayerStream | ExpertCa
         return None
     if budget.experts is not None:
         return ExpertCache(budget.experts, device, predict=budget.ahead > 0)
-    if budget.residency.streamed:
-        return LayerStream(budget.residency, device, prefetch=budget.ahead > 0)
+    if budget.residency.streamed or budget.residency.working:
+        return stream_of(budget.residency, device, prefetch=budget.ahead > 0)
     return None
 
 

@@ -22,7 +22,7 @@ from ..model.storage import Storage, storage_of
 from ..narrow import expected_token_bytes
 from ..weights import blank_decoder
 from .device import memory_of
-from .forecast import H100, Rates, balance, computing, forecast
+from .forecast import H100, Rates, balance, computing, decoding, forecast
 from .measured import measured_rates
 from .pictures import draw
 from .plan import plan_memory
@@ -56,6 +56,9 @@ def plan(
     stream_experts: Annotated[
         bool, typer.Option(help="as the engine's: slots for single experts, by an assumed hit rate")
     ] = True,
+    stream_coded: Annotated[
+        bool, typer.Option(help="as the engine's: layers in a shorter code if that is faster")
+    ] = True,
     link: Annotated[float | None, typer.Option(help="GB/s from the host")] = None,
     memory_rate: Annotated[float | None, typer.Option(help="GB/s of weights read")] = None,
     compute_rate: Annotated[float | None, typer.Option(help="TFLOP/s of products")] = None,
@@ -73,6 +76,7 @@ def plan(
     limits = {
         **{"max_context": max_context, "max_sequences": max_sequences},
         **{"max_step_tokens": max_step_tokens, "stream_experts": stream_experts},
+        **{"stream_coded": stream_coded},
     }
     with errors_told():
         config = _config(model, {"knobs": knobs, **limits})
@@ -111,9 +115,10 @@ def _outlook(
         forecast(model, storage, found.residency, found.ahead, each, rates, found.experts)
         for each in steps
     )
+    own, decodes = found.residency, decoding(storage, found.residency, rates)
     timelines = {
         f"{each} tokens": play(
-            *computing(model, storage, each, rates), found.residency, rates.link, found.ahead > 0
+            *computing(model, storage, each, rates), own, rates.link, found.ahead > 0, decodes
         )
         for each in steps
     }

@@ -2,8 +2,8 @@
 
 A step reads the stored weights once, multiplies by them for every token, and waits for what is
 streamed (`timeline` tells when), or for the experts that it lacks: of these there is but an
-expectation. What it gave up: attention over long contexts and the cache's own
-reading, so a step of many tokens in long contexts takes longer.
+expectation. What is coded is read, and written out, before. What it gave up: attention over long
+contexts and the cache's own reading, so a step of many tokens in long contexts takes longer.
 """
 
 from dataclasses import dataclass
@@ -50,27 +50,34 @@ class Forecast:
     transfer: float
     """Seconds that the link is busy."""
     overlapped: bool
+    decode: float = 0.0
+    """Seconds before layers that are kept coded run."""
     foreseen: float = 1.0
     """Of what is transferred, the part that can be while others compute."""
 
     @property
     def seconds(self) -> float:
         """The longer one where copies run during compute, else their sum."""
-        return self._ahead if self.overlapped else self.compute + self.transfer
+        return self._ahead if self.overlapped else self.busy + self.transfer
+
+    @property
+    def busy(self) -> float:
+        """Seconds of computing and decoding."""
+        return self.compute + self.decode
 
     @property
     def _ahead(self) -> float:
-        return max(self.compute + (1 - self.foreseen) * self.transfer, self.transfer)
+        return max(self.busy + (1 - self.foreseen) * self.transfer, self.transfer)
 
     @property
     def limit(self) -> str:
         """What more of would make it faster first."""
-        return "link" if self.transfer > self.compute else "compute"
+        return "link" if self.transfer > self.busy else "compute"
 
     @property
     def gain(self) -> float:
         """Of prefetch over copying on demand; 2 at most, where both take equally long."""
-        return (self.compute + self.transfer) / self._ahead
+        return (self.busy + self.transfer) / self._ahead
 
 
 def forecast(
@@ -89,8 +96,9 @@ def forecast(
         assert own is not None
         copied = slots.missing(own.active, tokens) * slots.expert_bytes
         transfer = copied / (rates.link * BY_PROCESSORS)
-        return Forecast(tokens, head + sum(layers), transfer, ahead > 0, FORESEEN)
-    return Forecast(tokens, head + sum(layers), residency.copied / rates.link, ahead > 0)
+        return Forecast(tokens, head + sum(layers), transfer, ahead > 0, foreseen=FORESEEN)
+    decode, transfer = sum(decoding(storage, residency, rates)), residency.copied / rates.link
+    return Forecast(tokens, head + sum(layers), transfer, ahead > 0, decode)
 
 
 def computing(
@@ -105,6 +113,14 @@ def computing(
     return [_seconds(*each, tokens, rates) for each in layers], head
 
 
+def decoding(storage: Storage, residency: Residency, rates: Rates) -> list[float]:
+    """Seconds in which each layer is decoded, at the rate of a copy; empty if none is coded."""
+    if not residency.working:
+        return []
+    layers = zip(residency.blocks, storage.layers, strict=True)
+    return [(coded + layer.block) * OF_COPY / rates.memory for coded, layer in layers]
+
+
 def balance(
     model: ModelConfig, storage: Storage, residency: Residency, rates: Rates, most: int = 1 << 16
 ) -> int | None:
@@ -115,7 +131,7 @@ def balance(
 
     def computes_longer(tokens: int) -> bool:
         found = forecast(model, storage, residency, 1, tokens, rates)
-        return found.compute >= found.transfer
+        return found.busy >= found.transfer
 
     if not residency.streamed or computes_longer(1):
         return None

@@ -34,9 +34,11 @@ def as_json(outlook: Outlook) -> dict[str, Any]:
     return {
         "budget_bytes": plan.budget,
         "rest_bytes": plan.rest,
-        "resident_bytes": residency.bytes - residency.slots * residency.slot_bytes,
+        "resident_bytes": residency.stays,
         "slots": residency.slots,
         "slot_bytes": residency.slot_bytes,
+        "coded": residency.working > 0,
+        "working_bytes": residency.working,
         "step_bytes": plan.step,
         "cache_bytes": plan.cache,
         "layers": len(residency.blocks),
@@ -48,7 +50,7 @@ def as_json(outlook: Outlook) -> dict[str, Any]:
         "rates": {**asdict(outlook.rates), "measured": outlook.measured},
         "steps": [
             _step(each)
-            | {"waited_seconds": timeline.waited if slots is None else each.seconds - each.compute}
+            | {"waited_seconds": timeline.waited if slots is None else each.seconds - each.busy}
             for each, timeline in zip(outlook.steps, outlook.timelines.values(), strict=True)
         ],
     }
@@ -75,6 +77,7 @@ def _step(found: Forecast) -> dict[str, Any]:
     return {
         "tokens": found.tokens,
         "compute_seconds": found.compute,
+        "decode_seconds": found.decode,
         "transfer_seconds": found.transfer,
         "seconds": found.seconds,
         "tokens_per_second": found.tokens / found.seconds,
@@ -86,15 +89,14 @@ def _step(found: Forecast) -> dict[str, Any]:
 def _memory(plan: Plan) -> Table:
     own, slots = plan.residency, plan.experts
     stays = len(own.blocks) - len(own.streamed)
+    how = ", without experts" if slots else ", in a shorter code" if own.working else ""
     rows: list[tuple[str, int]] = [
         ("embeddings, head, norms, routers", plan.rest),
-        (
-            f"{stays} layers that stay" + (", without experts" if slots else ""),
-            own.bytes - own.slots * own.slot_bytes,
-        ),
+        (f"{stays} layers that stay{how}", own.stays),
         (f"{own.slots} slots for {len(own.streamed)} layers", own.slots * own.slot_bytes)
         if slots is None
         else (f"{slots.slots} slots for {slots.share:.0%} of the experts", slots.bytes),
+        *([("a slot that layers are decoded into", own.working)] if own.working else []),
         ("the worst step", plan.step),
         ("keys and values", plan.cache),
     ]
@@ -111,13 +113,19 @@ def _memory(plan: Plan) -> Table:
 def _steps(outlook: Outlook) -> Table:
     whose = "measured here" if outlook.measured else "assumed"
     rates = outlook.rates
+    coded = outlook.plan.residency.working > 0
     table = _table(
         f"One step ({whose}: link {rates.link / 1e9:.0f} GB/s, weights {rates.memory / 1e9:.0f} "
         f"GB/s, products {rates.compute / 1e12:.0f} TFLOP/s)",
-        ("tokens", "compute", "copies", "step", "tokens/s", "limit", "gain"),
+        (
+            *("tokens", "compute", *(["decode"] if coded else [])),
+            *("copies", "step", "tokens/s", "limit", "gain"),
+        ),
     )
     for each in outlook.steps:
-        times = (f"{1e3 * own:.1f} ms" for own in (each.compute, each.transfer, each.seconds))
+        decode = [each.decode] if coded else []
+        parts = (each.compute, *decode, each.transfer, each.seconds)
+        times = (f"{1e3 * own:.1f} ms" for own in parts)
         rate = f"{each.tokens / each.seconds:.3g}"
         table.add_row(str(each.tokens), *times, rate, each.limit, f"{each.gain:.2f}x")
     table.caption = "gain: of prefetch over copying on demand"

@@ -3,12 +3,20 @@
 Of layers that are all read once a step, it does not matter by bytes which ones are streamed; what
 matters is that each copy has computing to hide behind, so they are spread evenly over the depth.
 Pinning a set and streaming the rest is within one layer of what knowing the future would bring; an
-LRU cache would hit nothing (research: Belady on a cyclic scan). What it gave up: parts of layers;
-for single experts see `experts/`.
+LRU cache would hit nothing (research: Belady on a cyclic scan).
+
+Layers may be kept in a shorter code, those that stay too: then each is decoded into one working
+slot just before it runs. All of them or none, so that one slot is enough. What it gave up: parts of
+layers; for single experts see `experts/`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+LINK_COST = 40
+"""Bytes that a GPU's memory moves while the link from the host moves one: 34 to 54 on an H100, 60
+on an A100. It decides where hardly anything is streamed and decoding would take longer than that;
+elsewhere only what is copied counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,10 +28,12 @@ class Residency:
     """
 
     blocks: tuple[int, ...]
-    """Bytes of each layer of the model."""
+    """Bytes of each layer of the model, as it is kept."""
     streamed: tuple[int, ...] = ()
     """Layers that come from the host at every step, ascending."""
     slots: int = 0
+    working: int = 0
+    """Bytes of the slot that layers are decoded into and run from; 0 if they are kept plain."""
 
     @property
     def slot_bytes(self) -> int:
@@ -33,7 +43,12 @@ class Residency:
     @property
     def bytes(self) -> int:
         """On the device: layers that stay, and slots."""
-        return sum(self.blocks) - self.copied + self.slots * self.slot_bytes
+        return self.stays + self.slots * self.slot_bytes + self.working
+
+    @property
+    def stays(self) -> int:
+        """Of layers that stay."""
+        return sum(self.blocks) - self.copied
 
     @property
     def copied(self) -> int:
@@ -61,9 +76,53 @@ def choose(blocks: Sequence[int], room: int, ahead: int) -> Residency | None:
     return next((each for each in _candidates(blocks, ahead) if each.bytes <= room), None)
 
 
+def choose_coded(
+    blocks: Sequence[int], coded: Sequence[int], room: int, ahead: int
+) -> Residency | None:
+    """The same of layers that are kept coded; None as well if no code makes them shorter.
+
+    A layer that runs is in the working slot, so only those on their way need slots.
+
+    Args:
+        blocks: bytes of each layer.
+        coded: the same of its code.
+        room: bytes for layers and slots, the working one too.
+        ahead: as for `choose`.
+    """
+    if sum(coded) >= sum(blocks):
+        return None
+    working = max(blocks)
+    found = choose(coded, room - working, max(0, ahead - 1))
+    return None if found is None else replace(found, working=working)
+
+
+def choose_cheaper(
+    blocks: Sequence[int], coded: Sequence[int], room: int, ahead: int
+) -> Residency | None:
+    """Plain layers or coded ones, whichever a step of one token needs less time for."""
+    either = choose(blocks, room, ahead), choose_coded(blocks, coded, room, ahead)
+    fitting = [each for each in either if each is not None]
+    return min(fitting, key=lambda each: _cost(each, sum(blocks), ahead), default=None)
+
+
 def least(blocks: Sequence[int], ahead: int) -> int:
     """The fewest bytes that `choose` can do with."""
     return min(each.bytes for each in _candidates(tuple(blocks), ahead))
+
+
+def least_of_either(blocks: Sequence[int], coded: Sequence[int], ahead: int) -> int:
+    """The fewest bytes that `choose_cheaper` can do with."""
+    plain = least(blocks, ahead)
+    if sum(coded) >= sum(blocks):
+        return plain
+    return min(plain, max(blocks) + least(coded, max(0, ahead - 1)))
+
+
+def _cost(residency: Residency, read: int, ahead: int) -> int:
+    """Of a step that reads so many bytes of weights, in bytes of the device's memory."""
+    moved = read + (sum(residency.blocks) + read if residency.working else 0)
+    copied = LINK_COST * residency.copied
+    return max(moved, copied) if ahead else moved + copied
 
 
 def _candidates(blocks: tuple[int, ...], ahead: int) -> list[Residency]:

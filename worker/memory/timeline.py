@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from .residency import Residency
 
-Lane = Literal["compute", "copies", "waiting"]
-_LANES: tuple[Lane, ...] = ("compute", "waiting", "copies")
+Lane = Literal["compute", "decoding", "copies", "waiting"]
+_LANES: tuple[Lane, ...] = ("compute", "decoding", "waiting", "copies")
 _STEPS = 8
 """Played through; the last one is told. After a few nothing changes."""
 
@@ -41,7 +41,7 @@ class Timeline:
 
     seconds: float
     spans: tuple[Span, ...]
-    """Computing and waiting, and the copies that were on the link meanwhile."""
+    """Computing, decoding and waiting, and the copies that were on the link meanwhile."""
 
     def of(self, lane: Lane) -> list[Span]:
         """In order."""
@@ -54,7 +54,12 @@ class Timeline:
 
 
 def play(
-    layers: Sequence[float], head: float, residency: Residency, link: float, prefetch: bool
+    layers: Sequence[float],
+    head: float,
+    residency: Residency,
+    link: float,
+    prefetch: bool,
+    decoding: Sequence[float] = (),
 ) -> Timeline:
     """Play steps through until they repeat.
 
@@ -64,6 +69,8 @@ def play(
         residency: which layers are streamed, through which slots.
         link: bytes a second.
         prefetch: whether copies begin when a slot is free; else each when its layer begins.
+        decoding: seconds that each layer is decoded before it runs, if layers are coded. Then its
+            slot is free already.
     """
     positions = {layer: position for position, layer in enumerate(residency.streamed)}
     copies = [residency.blocks[layer] / link for layer in residency.streamed]
@@ -90,10 +97,14 @@ def play(
                 if ready[position] > now:
                     spans.append(Span("waiting", layer, now, ready[position] - now))
                     now = ready[position]
+            if decoding:
+                spans.append(Span("decoding", layer, now, decoding[layer]))
+                now += decoding[layer]
             spans.append(Span("compute", layer, now, seconds))
+            free = now if decoding else now + seconds
             now += seconds
             if position is not None and prefetch:
-                copy(residency.next(position), now)
+                copy(residency.next(position), free)
         spans.append(Span("compute", None, now, head))
         now += head
     return Timeline(now - begun, tuple(_between(spans, begun, now)))

@@ -114,18 +114,34 @@ def packable(decoder: Decoder, layer: int | None = None) -> dict[str, tuple[str,
     return modules
 
 
+PLAIN = "plain"
+"""The field of a plain weight's only tensor, where those of packed ones are told apart."""
+
+
 def large_tensors(layer: nn.Module) -> Iterator[Tensor]:
     """What holds a layer's large weights, plain or packed: those of attention, MLP and experts."""
+    return (tensor for *_, tensor in large_fields(layer))
+
+
+def large_fields(layer: nn.Module) -> Iterator[tuple[str, Format | None, Tensor]]:
+    """The same, each with its field and its format."""
+    for weight in _large_weights(layer):
+        if isinstance(weight, Tensor):
+            yield PLAIN, None, weight
+        else:
+            for field, tensor in weight.tensors().items():
+                yield field, weight.format, tensor
+
+
+def _large_weights(layer: nn.Module) -> Iterator[Tensor | PackedWeight]:
     for module in layer.modules():
         match module:
             case PackedLinear():
-                yield from module.weight.tensors().values()
+                yield module.weight
             case PackedMLP():
-                yield from module.gate_up.tensors().values()
-                yield from module.down.tensors().values()
+                yield from (module.gate_up, module.down)
             case PackedExperts():
-                for weight in module.packed:
-                    yield from weight.tensors().values()
+                yield from module.packed
             case Experts():
                 yield from (module.gate_up, module.down)
             case MLP() | SelfAttention():

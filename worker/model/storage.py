@@ -9,10 +9,11 @@ import torch
 from ...kernels.errors import LayoutError
 from ...kernels.formats import SPAN, Format, packed_bytes, tensor_shapes
 from ...kernels.linear import MOST_EXPANDED
+from ...kernels.lossless.codes import Code, code_of
 from ..errors import ConfigError
 from ..precision import Precision
 from .decoder import Decoder
-from .packed import packable
+from .packed import PLAIN, packable
 
 ALIGNMENT = 256
 """Bytes: where tensors of one block of memory begin, as kernels and copies want it."""
@@ -29,6 +30,8 @@ class LayerStorage:
 
     block: int
     """Bytes in one block of memory, each tensor aligned."""
+    coded: int
+    """The same where each tensor that has a shorter code is in that."""
     expert_block: int
     """Of them those of experts."""
     weights: int
@@ -93,38 +96,50 @@ def storage_of(
 def _layer(
     decoder: Decoder, index: int, formats: Mapping[str, Format], dtype: torch.dtype
 ) -> LayerStorage:
-    block = expert_block = weights = expert_weights = experts = 0
+    block = coded = expert_block = weights = expert_weights = experts = 0
     parts: list[tuple[tuple[int, ...], torch.dtype]] = []
     for name in (name for names in packable(decoder, index).values() for name in names):
         tensor = decoder.get_parameter(name)
-        own = _block(tensor.shape, formats.get(name), dtype)
+        tensors = _tensors(tensor.shape, formats.get(name), dtype)
+        own = sum(aligned(each.bytes) for each in tensors)
         block += own
+        coded += sum(aligned(each.coded_bytes) for each in tensors)
         if tensor.dim() == 3:
             expert_block += own
             expert_weights += tensor.numel()
             experts = tensor.shape[0]
-            parts += _parts(tensor.shape[1:], formats.get(name), dtype)
+            each = _tensors(tensor.shape[1:], formats.get(name), dtype)
+            parts += ((own.shape, own.dtype) for own in each)
         else:
             weights += tensor.numel()
-    return LayerStorage(block, expert_block, weights, expert_weights, experts, tuple(parts))
+    sizes = block, coded, expert_block, weights, expert_weights, experts
+    return LayerStorage(*sizes, tuple(parts))
 
 
-def _block(shape: torch.Size, format: Format | None, dtype: torch.dtype) -> int:
-    """Bytes of a weight's tensors, each aligned."""
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """One tensor of a weight."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    code: Code | None
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def coded_bytes(self) -> int:
+        return self.bytes if self.code is None else self.code.bytes
+
+
+def _tensors(shape: torch.Size, format: Format | None, dtype: torch.dtype) -> list[_Tensor]:
+    """Of one weight, experts stacked."""
     if format is None:
-        return aligned(shape.numel() * dtype.itemsize)
+        return [_Tensor(tuple(shape), dtype, code_of(PLAIN, None, tuple(shape), dtype))]
     experts = shape[0] if len(shape) == 3 else None
-    tensors = tensor_shapes(format, shape[-2], shape[-1], experts).values()
-    return sum(aligned(prod(own) * kind.itemsize) for own, kind in tensors)
-
-
-def _parts(
-    shape: torch.Size, format: Format | None, dtype: torch.dtype
-) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of each tensor of a weight."""
-    if format is None:
-        return [(tuple(shape), dtype)]
-    return list(tensor_shapes(format, *shape).values())
+    found = tensor_shapes(format, shape[-2], shape[-1], experts).items()
+    return [_Tensor(*own, code_of(field, format, *own)) for field, own in found]
 
 
 def _packed(name: str, shape: torch.Size, format: Format) -> int:

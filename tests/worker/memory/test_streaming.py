@@ -11,50 +11,13 @@ import pytest
 import torch
 
 from conclave.kernels.formats import Format
-from conclave.worker.memory.residency import choose, least
+from conclave.worker.memory.residency import least
 from conclave.worker.memory.streaming.copies import Copies
-from conclave.worker.memory.streaming.layers import LayerStream
-from conclave.worker.model.config import ModelConfig
-from conclave.worker.model.decoder import Decoder
-from conclave.worker.model.packed import pack_decoder
-from conclave.worker.weights import load_decoder
 
-from .decoders import logits_of, storage
+from .decoders import Streamed
 
-CPU = torch.device("cpu")
 Checkpoint = Callable[[int | str], Path]
 PLAIN, SPARSE, INT4 = None, Format.parse("5:16-int4-g32"), Format.parse("dense-int4-g32")
-
-
-class Streamed:
-    """A tiny model whose layers have room for so many bytes; None lets all stay."""
-
-    def __init__(
-        self,
-        folder: Path,
-        format: Format | None = None,
-        ahead: int = 2,
-        room: int | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        config = ModelConfig.load(folder)
-        blocks = [layer.block for layer in storage(config, format, dtype).layers]
-        residency = choose(blocks, sum(blocks) if room is None else room, ahead)
-        assert residency is not None
-        self.stream = LayerStream(residency, CPU, prefetch=ahead > 0, poison=True)
-
-        def settle(decoder: Decoder, layer: int) -> None:
-            if format is not None:
-                pack_decoder(decoder, format, layer)
-            self.stream.take(decoder, layer)
-
-        self.decoder = load_decoder(folder, config, CPU, dtype, settle=settle)
-        if residency.streamed:
-            self.stream.start(self.decoder)
-
-    def logits(self, length: int) -> torch.Tensor:
-        """float32 [length, vocab], of some tokens."""
-        return logits_of(self.decoder, torch.arange(5, 5 + length), length)
 
 
 @pytest.mark.parametrize(

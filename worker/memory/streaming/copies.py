@@ -41,6 +41,8 @@ class StreamUse:
     copied_bytes: int
     stalled_seconds: float
     """That computing has waited for copies."""
+    coded: bool
+    """Whether layers are kept in a shorter code, also where none is streamed."""
 
 
 class _Slot:
@@ -165,8 +167,8 @@ class Copies:
     def use(self) -> StreamUse:
         """What has been done so far."""
         copied = self.residency.copied
-        layers, slots = len(self._blocks), len(self._slots)
-        return StreamUse(layers, slots, copied, self._copied, self._stalls.seconds())
+        layers, slots, coded = len(self._blocks), len(self._slots), self.residency.working > 0
+        return StreamUse(layers, slots, copied, self._copied, self._stalls.seconds(), coded)
 
     def close(self) -> None:
         """Unlock and release the host's memory; nobody may ask for a block any more."""

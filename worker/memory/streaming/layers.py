@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ...model.decoder import Decoder
+from ...model.packed import large_tensors
 from ..host import HostBlock
 from ..residency import Residency
 from .copies import Copies, StreamUse
@@ -43,7 +44,7 @@ class LayerStream:
         if layer not in self._positions:
             return
         assert self._positions[layer] == len(self._places), "layers come in order"
-        places, size = places_of(decoder.layers[layer])
+        places, size = places_of(large_tensors(decoder.layers[layer]))
         block = HostBlock(size)
         for place in places:
             place.view(block.memory).copy_(place.tensor.detach())
@@ -58,8 +59,7 @@ class LayerStream:
             for place in self._places[position]:
                 place.settle(self.copies.memory(position))
             self._hook(decoder.layers[layer], position)
-        decoder.register_forward_pre_hook(lambda *_: self.copies.begin())
-        decoder.register_forward_hook(lambda *_: self.copies.end())
+        self._hook_steps(decoder)
 
     def before_replay(self) -> None:
         """Called before a step that was recorded is replayed."""
@@ -72,6 +72,10 @@ class LayerStream:
     def close(self) -> None:
         """Unlock and release the host's memory; the decoder must not run any more."""
         self.copies.close()
+
+    def _hook_steps(self, decoder: Decoder) -> None:
+        decoder.register_forward_pre_hook(lambda *_: self.copies.begin())
+        decoder.register_forward_hook(lambda *_: self.copies.end())
 
     def _hook(self, layer: nn.Module, position: int) -> None:
         def before(*_: object) -> None:

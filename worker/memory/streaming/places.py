@@ -1,11 +1,11 @@
 """Where the large tensors of a layer lie in one block of memory."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...model.packed import large_tensors
 from ...model.storage import aligned
 
 
@@ -21,8 +21,12 @@ class Place:
 
     def view(self, memory: Tensor) -> Tensor:
         """The tensor's place in a block, as the tensor is."""
+        return self.numbers(memory).as_strided(self.shape, self.stride)
+
+    def numbers(self, memory: Tensor) -> Tensor:
+        """The same in the order of the memory, [numbers]."""
         end = self.offset + self.shape.numel() * self.dtype.itemsize
-        return memory[self.offset : end].view(self.dtype).as_strided(self.shape, self.stride)
+        return memory[self.offset : end].view(self.dtype)
 
     def empty(self) -> None:
         """Let the tensor's own memory go."""
@@ -33,10 +37,10 @@ class Place:
         self.tensor.data = self.view(memory)
 
 
-def places_of(layer: nn.Module) -> tuple[list[Place], int]:
-    """All that a layer streams, and the bytes of a block for it."""
+def places_of(tensors: Iterable[Tensor]) -> tuple[list[Place], int]:
+    """Places one behind the other, and the bytes of a block for them."""
     places, offset = [], 0
-    for tensor in large_tensors(layer):
+    for tensor in tensors:
         places.append(Place(tensor, offset, tensor.shape, tensor.stride(), tensor.dtype))
         offset += aligned(tensor.nbytes)
     return places, offset
