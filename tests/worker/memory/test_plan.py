@@ -197,6 +197,49 @@ def test_a_step_takes_the_longer_one_or_the_sum() -> None:
     assert balance(model, storage, residency, fast) is None
 
 
+SPARSE = sizes("31b", "5:16-int4-g128")
+
+
+def test_layers_are_coded_where_that_copies_less() -> None:
+    model, storage = SPARSE
+    # Per 16 columns of a row: 5 bytes and a scale for 128, and 33 bits instead of the bytes.
+    for layer in storage.layers:
+        assert layer.block * 33 / 40 < layer.coded < layer.block
+        assert layer.coded == pytest.approx(layer.block * (4.125 + 0.25) / (5 + 0.25), rel=1e-3)
+    coded = plan_of(model, storage, 8 * GIB)
+    plain = plan_of(model, storage, 8 * GIB, stream_coded=False)
+    one, other = coded.residency, plain.residency
+    assert one.working == max(layer.block for layer in storage.layers) and not other.working
+    assert one.blocks == tuple(layer.coded for layer in storage.layers)
+    assert (one.slots, other.slots) == (2, 3) and one.copied < 0.76 * other.copied
+    for plan in (coded, plain):
+        assert plan.rest + plan.step + plan.cache + plan.weights == 8 * GIB
+    demand = plan_of(model, storage, 8 * GIB, **knobs(prefetch=False))
+    assert demand.residency.slots == 1 and demand.residency.working
+    # int4 with all columns has no shorter code.
+    model, storage = INT4
+    assert all(layer.coded == layer.block for layer in storage.layers)
+    assert not plan_of(model, storage, 8 * GIB).residency.working
+
+
+def test_decoding_takes_a_copy_of_all_weights() -> None:
+    model, storage = SPARSE
+    plan = plan_of(model, storage, 8 * GIB)
+    own = plan.residency
+    found = forecast(model, storage, own, 2, 1, H100)
+    moved = sum(own.blocks) + sum(layer.block for layer in storage.layers)
+    assert found.decode == pytest.approx(moved / 2.9e12)
+    assert found.transfer == pytest.approx(own.copied / H100.link) and found.limit == "link"
+    assert found.seconds == found.transfer > found.compute + found.decode
+    demand = forecast(model, storage, own, 0, 1, H100)
+    assert demand.seconds == found.compute + found.decode + found.transfer
+    plain = plan_of(model, storage, 8 * GIB, stream_coded=False)
+    assert forecast(model, storage, plain.residency, 2, 1, H100).decode == 0
+    even = balance(model, storage, own, H100)
+    later = balance(model, storage, plain.residency, H100)
+    assert even is not None and later is not None and even < later
+
+
 def test_few_tokens_read_few_experts() -> None:
     model, storage = EXPERTS
     residency = plan_of(model, storage, 64 * GIB).residency
@@ -226,6 +269,15 @@ def test_the_command_tells_and_draws(tmp_path: Path) -> None:
     first = told["steps"][0]
     assert first["tokens"] == 1 and first["limit"] == "link"
     assert first["transfer_seconds"] == pytest.approx(told["copied_bytes"] / 50e9)
+    sparse = ("--shape", "31b", "--weight-bits", "4", "--sparsity", "0.68", "--memory-budget", "11")
+    told = json.loads(run(*sparse, "--json", "--plot", str(picture), "--trace", str(trace)).stdout)
+    assert told["coded"] and told["working_bytes"] > told["slot_bytes"] > 0
+    assert told["steps"][0]["decode_seconds"] > 0
+    lanes = {event.get("cat") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert "decoding" in lanes
+    shown = " ".join(run(*sparse).stdout.split())
+    assert "in a shorter code" in shown and "decoded into" in shown
+    assert not json.loads(run(*sparse, "--no-stream-coded", "--json").stdout)["coded"]
     experts = ("--shape", "26b", "--weight-bits", "4", "--memory-budget", "8")
     told = json.loads(run(*experts, "--json", "--plot", str(picture)).stdout)
     assert told["experts"]["slots"] > 128 and not told["streamed"]

@@ -3,7 +3,15 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conclave.worker.memory.residency import Residency, choose, least
+from conclave.worker.memory.residency import (
+    LINK_COST,
+    Residency,
+    choose,
+    choose_cheaper,
+    choose_coded,
+    least,
+    least_of_either,
+)
 
 BLOCKS = st.lists(st.integers(1, 1000), min_size=1, max_size=70)
 
@@ -49,3 +57,47 @@ def test_a_slot_holds_the_largest_layer() -> None:
     assert found is not None
     assert found.streamed == (0, 1, 2) and found.slot_bytes == 30 and found.bytes == 40
     assert least([10, 30, 10, 10], 0) == 30 and choose([10, 30, 10, 10], 29, 0) is None
+
+
+def test_coded_layers_that_one_can_count() -> None:
+    blocks, coded = [10] * 60, [8] * 60
+    found = choose_coded(blocks, coded, 400, 2)
+    # 10 to run from and 2 slots of 8 leave 374: 46 layers stay.
+    assert found is not None and found.blocks == (8,) * 60
+    assert (len(found.streamed), found.slots, found.working) == (14, 2, 10)
+    assert (found.copied, found.stays, found.bytes) == (112, 368, 394)
+    plain = choose(blocks, 400, 2)
+    assert plain is not None and plain.copied == 230
+    assert choose_cheaper(blocks, coded, 400, 2) == found
+    one = choose_coded(blocks, coded, 400, 0), choose_coded(blocks, coded, 400, 1)
+    assert [each.slots for each in one if each] == [1, 1]
+    # All stay once they are coded: nothing is copied.
+    whole = choose_coded(blocks, coded, 490, 2)
+    assert whole is not None and (whole.streamed, whole.slots, whole.bytes) == ((), 0, 490)
+
+
+def test_decoding_must_be_worth_it() -> None:
+    blocks, coded = [10] * 60, [8] * 60
+    # Two layers are copied while 600 bytes are read: so they are as soon there as all are decoded.
+    near = choose_cheaper(blocks, coded, 590, 2)
+    assert near is not None and not near.working and near.copied == 20
+    assert LINK_COST * near.copied < 600 + 480 + 600
+    few = choose_cheaper(blocks, coded, 550, 2)
+    assert few is not None and few.working and not few.streamed
+    assert choose_coded(blocks, blocks, 400, 2) is None
+    assert choose_cheaper(blocks, blocks, 400, 2) == choose(blocks, 400, 2)
+
+
+@given(BLOCKS, st.floats(0.5, 1), st.integers(0, 60_000), st.integers(0, 8))
+def test_either_fits_if_one_does(blocks: list[int], share: float, room: int, ahead: int) -> None:
+    coded = [max(1, int(share * block)) for block in blocks]
+    found = choose_cheaper(blocks, coded, room, ahead)
+    assert (found is None) == (room < least_of_either(blocks, coded, ahead))
+    if found is None:
+        return
+    assert found.bytes <= room
+    assert found.blocks == tuple(coded if found.working else blocks)
+    assert found.working in (0, max(blocks))
+    plain = choose(blocks, room, ahead)
+    if ahead and plain is not None and LINK_COST * plain.copied > 3 * sum(blocks):
+        assert found.copied <= plain.copied

@@ -74,6 +74,34 @@ def test_a_slow_link_is_never_idle() -> None:
     assert timeline.seconds == pytest.approx(8.0) and timeline.waited == pytest.approx(7.1)
 
 
+@given(BLOCKS, st.integers(0, 4), SECONDS, SECONDS, st.floats(1e4, 1e8))
+def test_a_coded_layer_is_decoded_before_it_runs(
+    blocks: list[int], ahead: int, each: float, decode: float, link: float
+) -> None:
+    residency = some_layers(blocks, 0.5, ahead)
+    layers, decodes = [each] * len(blocks), [decode] * len(blocks)
+    timeline = play(layers, each, residency, link, ahead > 0, decodes)
+    busy = sum(layers) + each + sum(decodes)
+    assert timeline.seconds == pytest.approx(busy + timeline.waited)
+    assert timeline.seconds >= residency.copied / link * (1 - 1e-6)
+    spans = sorted(
+        (span for span in timeline.spans if span.lane != "copies"),
+        key=lambda span: (span.start, span.end),
+    )
+    assert all(one.end <= other.start + TINY for one, other in pairwise(spans))
+    assert [span.layer for span in timeline.of("decoding")] == [*range(len(blocks))]
+
+
+def test_a_slot_is_free_when_its_layer_is_decoded() -> None:
+    """One slot, two streamed layers: the next copy does not wait for the layer that runs."""
+    residency = Residency((100,) * 4, (0, 2), 1)
+    coded = play([1.0] * 4, 0.5, residency, 50.0, True, [0.5] * 4)
+    assert (coded.seconds, coded.waited) == (6.5, 0.0)
+    assert [span.start for span in coded.of("copies")] == [0.5, 3.5]
+    plain = play([1.5] * 4, 0.5, residency, 50.0, True)
+    assert (plain.seconds, plain.waited) == (7.0, 0.5)
+
+
 def test_a_trace_has_a_process_for_each_timeline() -> None:
     residency = Residency((100,) * 4, (0, 2), 1)
     timelines: dict[str, Timeline] = {
