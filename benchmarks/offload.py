@@ -6,6 +6,10 @@ with all layers resident, and copying alone, at the rate measured. Decoding is o
 token of each sequence; prompts are sequences of 64 tokens, run eagerly. Attention sees only the
 tokens of the step: no cache is read, but memory is set aside for one.
 
+Where layers have a shorter code, tokens are decoded with that, as engines do; `--plain` runs the
+same without it too. Prompts are read plain: at the point where computing takes as long as copying,
+what prefetch gains is about copies alone.
+
 Run it as `python -m benchmarks.offload` on a machine with one NVIDIA card; `--rows` chooses.
 """
 
@@ -17,7 +21,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,15 +29,17 @@ import torch
 
 from conclave.kernels.formats import Format
 from conclave.worker.memory.measured import link_rate
-from conclave.worker.memory.residency import Residency, choose
+from conclave.worker.memory.residency import Residency, choose, choose_coded
 from conclave.worker.memory.shapes import shape_settings
+from conclave.worker.memory.streaming.coded import stream_of
 from conclave.worker.memory.streaming.layers import LayerStream
 from conclave.worker.model.config import ModelConfig
 from conclave.worker.model.decoder import Decoder, DenseAttention
-from conclave.worker.model.storage import storage_of
+from conclave.worker.model.storage import Storage, storage_of
 from conclave.worker.weights import blank_decoder
 
 from . import accelerated
+from .offload_settings import BALANCE, SETTINGS, Setting
 from .peak import GIB, peak_gib, reset_peak
 from .random_model import DTYPE, RandomModel
 from .records import HEADLINE as HEADLINE_FILE
@@ -60,77 +65,49 @@ TINY = {
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One model under one budget."""
-
-    name: str
-    format: str | None
-    gib: float
-    scratch: float
-    """GiB set aside for a step."""
-    decode: tuple[int, ...] = ()
-    prefill: tuple[int, ...] = ()
-
-
-SETTINGS = (
-    Setting("sparse8", "5:16-int4-g128", 8, 0.9, decode=(1, 8, 32)),
-    Setting("sparse8p", "5:16-int4-g128", 8, 2.4, prefill=(512, 768, 832, 1024, 2048)),
-    Setting("int16", "dense-int4-g128", 16, 0.8, decode=(1, 8, 32)),
-    Setting("int16p", "dense-int4-g128", 16, 2.8, prefill=(384, 448, 512, 1024, 2048)),
-    Setting("int8", "dense-int4-g128", 8, 0.8, decode=(1, 8, 32)),
-    Setting("int16long", "dense-int4-g128", 16, 10.0, prefill=(4096, 8192)),
-    Setting("bf24", None, 24, 1.2, decode=(1, 8, 32)),
-    Setting("bf16", None, 16, 1.2, decode=(1, 8, 32)),
-    Setting("bf8", None, 8, 0.3, decode=(1,)),
-)
-BALANCE = ("sparse8p", "int16p")
-"""Settings that are run on demand as well, to find what prefetch gains."""
-
-
 def main() -> None:
     """Measure, print, write down."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = [setting.name for setting in SETTINGS]
     parser.add_argument("--rows", nargs="+", choices=[*names, "accelerate"], help="all by default")
+    parser.add_argument("--plain", action="store_true", help="decode without codes as well")
     parser.add_argument("--dry", action="store_true", help="tiny sizes, anywhere; write no result")
     parser.add_argument("--out", type=Path, help="a folder that gets a copy of what is written")
     options = parser.parse_args()
     if not (options.dry or torch.cuda.is_available()):
         raise SystemExit("no GPU; this measures copies to one (or give --dry)")
-    figures = measure(options.rows or [*names, "accelerate"], options.dry)
+    figures = measure(options.rows or [*names, "accelerate"], options.dry, options.plain)
     if options.dry:
         print(json.dumps(figures, indent=1))
         return
     save(figures, options.out)
 
 
-def measure(names: Sequence[str], dry: bool) -> dict[str, Any]:
+def measure(names: Sequence[str], dry: bool, plain: bool = False) -> dict[str, Any]:
     """All figures."""
     link = 1e10 if dry else link_rate(DEVICE)
     print(f"{machine()}: link {link / 1e9:.1f} GB/s", flush=True)
     rows: list[Row] = []
-    formats = dict.fromkeys(each.format for each in SETTINGS if each.name in names)
-    for format in formats:
-        chosen = [each for each in SETTINGS if each.name in names and each.format == format]
-        rows += rows_of(format, chosen, link, dry)
+    chosen = [each for each in SETTINGS if each.name in names]
+    for formats in dict.fromkeys((each.format, each.tables) for each in chosen):
+        own = [each for each in chosen if (each.format, each.tables) == formats]
+        rows += rows_of(own, link, dry, plain)
     figures: dict[str, Any] = {
-        "what": "31B shape, random weights; embeddings in int8, in bfloat16 where layers are",
+        "what": "31B shape, random weights; embeddings as told, in bfloat16 where layers are",
         "link_gb_per_s": link / 1e9,
         "rows": rows,
     }
     if "accelerate" in names and not dry:
-        figures["accelerate"] = against(rows)
+        figures["accelerate"] = against(ours(rows))
     return figures
 
 
-def rows_of(
-    format: str | None, settings: Sequence[Setting], link: float, dry: bool
-) -> Iterator[Row]:
-    """All settings of a format; layers that stay are measured once for all."""
+def rows_of(settings: Sequence[Setting], link: float, dry: bool, plain: bool) -> Iterator[Row]:
+    """All settings of equal formats; layers that stay are measured once for all."""
     shape = shape_settings("31b") | (TINY if dry else {})
+    format, tables = settings[0].format, Format.parse(settings[0].tables)
     own = None if format is None else Format.parse(format)
-    source = RandomModel(ModelConfig.parse(shape), own, DEVICE)
+    source = RandomModel(ModelConfig.parse(shape), own, DEVICE, tables)
     steps = {step for each in settings for step in steps_of(each, dry)}
     resident = source.decoder()
     bests = {step: Timed(resident, *step) for step in sorted(steps)}
@@ -138,7 +115,7 @@ def rows_of(
     clear()
     for setting in settings:
         began = time.perf_counter()
-        yield from under(source, setting, bests, link, dry)
+        yield from under(source, setting, bests, link, dry, plain)
         print(f"{setting.name}: {time.perf_counter() - began:.0f} s", flush=True)
 
 
@@ -156,17 +133,18 @@ def under(
     bests: dict[tuple[int, int], "Timed"],
     link: float,
     dry: bool,
+    plain: bool,
 ) -> Iterator[Row]:
     """The rows of one setting."""
-    ways = {"prefetch": AHEAD} | ({"on demand": 0} if setting.name in BALANCE or dry else {})
+    storage = storage_of(blank_decoder(source.config), source.formats(), DTYPE, packed=True)
     found: dict[tuple[str, tuple[int, int]], Row] = {}
-    for way, ahead in ways.items():
-        residency = residency_of(source, setting, ahead, dry)
+    for way in ways_of(storage, setting, plain):
+        residency = residency_of(storage, setting, way, dry)
         if not residency.streamed:
             print(f"{setting.name}: everything fits")
             return
         ballast = torch.empty(0 if dry else int(CACHE * GIB), dtype=torch.uint8, device=DEVICE)
-        stream = LayerStream(residency, DEVICE, prefetch=ahead > 0)
+        stream = stream_of(residency, DEVICE, prefetch=way != "on demand")
         decoder = source.decoder(stream)
         source.forget()
         clear()
@@ -185,13 +163,25 @@ def under(
     yield from found.values()
 
 
-def residency_of(source: RandomModel, setting: Setting, ahead: int, dry: bool) -> Residency:
+def ways_of(storage: Storage, setting: Setting, plain: bool) -> tuple[str, ...]:
+    """How layers come: each copied as it is, in a shorter code, or not before it is needed."""
+    if setting.name in BALANCE:
+        return "prefetch", "on demand"
+    shorter = any(layer.coded < layer.block for layer in storage.layers)
+    if not (setting.decode and shorter):
+        return ("prefetch",)
+    return ("coded", "prefetch") if plain else ("coded",)
+
+
+def residency_of(storage: Storage, setting: Setting, way: str, dry: bool) -> Residency:
     """The layers that the budget streams."""
-    storage = storage_of(blank_decoder(source.config), source.formats(), DTYPE, packed=True)
     blocks = [layer.block for layer in storage.layers]
     fixed = storage.rest + int((CONTEXT + CACHE + setting.scratch) * GIB)
     budget = sum(blocks) // 2 if dry else int(setting.gib * GIB) - fixed
-    found = choose(blocks, budget, ahead)
+    if way == "coded":
+        found = choose_coded(blocks, [layer.coded for layer in storage.layers], budget, AHEAD)
+    else:
+        found = choose(blocks, budget, 0 if way == "on demand" else AHEAD)
     assert found is not None, f"{setting.name} does not fit"
     return found
 
@@ -267,6 +257,7 @@ def row_of(
     bound = max(best.ms, copies)
     return {
         "format": setting.format or "bfloat16",
+        "tables": setting.tables if setting.format else "bfloat16",
         "gib": setting.gib,
         "way": way,
         "step": f"{step[0]} x {step[1]}",
@@ -295,7 +286,7 @@ def against(rows: Sequence[Row]) -> list[Row]:
     compared = []
     for row in rows:
         batch, length = map(int, row["step"].split(" x "))
-        if length > 1 or row["way"] != "prefetch":
+        if length > 1:
             continue
         if batch not in found:
             found[batch] = accelerated.measure(settings, batch)
@@ -337,12 +328,12 @@ def headlines(rows: Sequence[Row], compared: Sequence[Row]) -> None:
         ahead, demand = min(pairs, key=lambda pair: unevenness(pair[0]))
         spread = demand["low"] / ahead["ms"], demand["high"] / ahead["ms"]
         write_headline("prefetch_gain", demand["gain"], "ratio", spread)
-    fractions = [row["of_bound"] for row in rows if row["way"] == "prefetch"]
+    fractions = [row["of_bound"] for row in rows if row["way"] != "on demand"]
     if fractions:
         write_headline(
             "overlap_fraction", min(fractions), "fraction", (min(fractions), max(fractions))
         )
-    first = SETTINGS[0].format, SETTINGS[0].gib, "prefetch", "1 x 1"
+    first = SETTINGS[0].format, SETTINGS[0].gib, "coded", "1 x 1"
     for row in rows:
         if (row["format"], row["gib"], row["way"], row["step"]) == first:
             slower, faster = row["ms"] / row["high"], row["ms"] / row["low"]
@@ -353,6 +344,15 @@ def headlines(rows: Sequence[Row], compared: Sequence[Row]) -> None:
                 write_headline(name, row[key], unit, (row[key] * slower, row[key] * faster))
     if times := [row["times"] for row in compared]:
         write_headline("vs_accelerate", min(times), "ratio", (min(times), max(times)))
+
+
+def ours(rows: Sequence[Row]) -> list[Row]:
+    """Those that run as an engine would: with prefetch, and coded where that was run."""
+    same = ("format", "gib", "step")
+    coded = [[row[key] for key in same] for row in rows if row["way"] == "coded"]
+    plain = (row for row in rows if row["way"] == "prefetch")
+    others = [row for row in plain if [row[key] for key in same] not in coded]
+    return [row for row in rows if row["way"] == "coded"] + others
 
 
 def pairs_of(rows: Sequence[Row]) -> list[tuple[Row, Row]]:

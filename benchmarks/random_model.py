@@ -20,16 +20,24 @@ from conclave.worker.weights import allocate, blank_decoder
 
 DTYPE = torch.bfloat16
 TABLES = Format.parse("dense-int8-g64")
-"""Of embeddings, as `conclave compress` makes them; plain ones where layers are."""
+"""Of embeddings, as `conclave compress` makes them unless told otherwise; plain ones where layers
+are."""
 _Weight = Tensor | PackedWeight
 
 
 class RandomModel:
     """Makes equal decoders of one shape and format; None leaves weights in bfloat16."""
 
-    def __init__(self, config: ModelConfig, format: Format | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        format: Format | None,
+        device: torch.device,
+        tables: Format = TABLES,
+    ) -> None:
         self.config = config
         self.format = format
+        self.tables = tables
         self.device = device
         self._drawn: dict[object, _Weight] = {}
         self._draw = torch.Generator(device).manual_seed(0)
@@ -40,7 +48,7 @@ class RandomModel:
             return {}
         blank = blank_decoder(self.config)
         large = {name: self.format for names in packable(blank).values() for name in names}
-        return large | {name: TABLES for names in tables(blank).values() for name in names}
+        return large | {name: self.tables for names in tables(blank).values() for name in names}
 
     def decoder(self, stream: LayerStream | ExpertCache | None = None) -> Decoder:
         """A new one, some of its layers, or their experts, taken by `stream`."""
@@ -89,7 +97,7 @@ class RandomModel:
 
     def _table(self, decoder: Decoder, name: str) -> _Weight:
         shape = decoder.get_parameter(name).shape
-        return self._once(name, lambda: pack(self._normal(shape), TABLES))
+        return self._once(name, lambda: pack(self._normal(shape), self.tables))
 
     def _once(self, key: object, make: Callable[[], _Weight]) -> _Weight:
         if key not in self._drawn:

@@ -18,6 +18,17 @@ def test_streamed_rows_answer_as_resident_ones() -> None:
     assert all(row["gain"] for row in rows if row["way"] == "on demand")
 
 
+def test_tokens_are_decoded_from_codes() -> None:
+    rows = offload.measure(["sparse8"], dry=True, plain=True)["rows"]
+    assert [(row["way"], row["step"]) for row in rows] == [
+        *(("coded", step) for step in ("1 x 1", "2 x 8")),
+        *(("prefetch", step) for step in ("1 x 1", "2 x 8")),
+    ]
+    assert all(row["same"] and row["tables"] == "dense-int4-g64" for row in rows)
+    assert rows[0]["copy_ms"] < rows[2]["copy_ms"]
+    assert offload.ours(rows) == rows[:2] and offload.ours(rows[2:]) == rows[2:]
+
+
 @pytest.mark.parametrize("fault", [{"same": False}, {"peak_gib": 8.1}])
 def test_rows_at_fault_give_no_figures(
     fault: dict[str, object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -26,7 +37,7 @@ def test_rows_at_fault_give_no_figures(
     monkeypatch.setattr(offload, "write_result", lambda *_: tmp_path / "offload.json")
     monkeypatch.setattr(offload, "write_headline", lambda name, *_: written.append(name))
     right = {
-        **{"format": "5:16-int4-g128", "gib": 8, "way": "prefetch", "step": "1 x 1"},
+        **{"format": "5:16-int4-g128", "gib": 8, "way": "coded", "step": "1 x 1"},
         **{"ms": 2.0, "low": 1.9, "high": 2.1, "of_bound": 0.9, "link_gb_per_s": 50.0},
         **{"tokens_per_s": 500.0, "peak_gib": 7.9, "same": True},
     }
