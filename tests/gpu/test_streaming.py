@@ -1,8 +1,8 @@
 """Streamed layers on a GPU: bit for bit as resident ones, eagerly and as a CUDA graph.
 
 Slots that are given back are filled with NaN: a layer that ran before its weights had come, or a
-copy that came before a layer had run, would show. Layers are so large that their copies take longer
-than they run.
+copy that came before a layer had run, would show; so would one that was decoded too early. Layers
+are so large that their copies take longer than they run.
 """
 
 import re
@@ -17,8 +17,9 @@ from conclave.kernels.formats import Format
 from conclave.worker import Engine, Knobs
 from conclave.worker.errors import ConfigError
 from conclave.worker.memory.host import HostBlock
-from conclave.worker.memory.residency import choose, least
+from conclave.worker.memory.residency import choose, choose_coded, least
 from conclave.worker.memory.shapes import shape_settings
+from conclave.worker.memory.streaming.coded import CodedStream, stream_of
 from conclave.worker.memory.streaming.layers import LayerStream
 from conclave.worker.model.config import ModelConfig
 from conclave.worker.model.decoder import Decoder
@@ -44,28 +45,44 @@ def model(name: str, format: str | None) -> RandomModel:
     return RandomModel(config, own, torch.device("cuda"))
 
 
-def streamed(source: RandomModel, ahead: int, share: float) -> tuple[Decoder, LayerStream]:
+def streamed(
+    source: RandomModel, ahead: int, share: float, coded: bool
+) -> tuple[Decoder, LayerStream]:
     """With room for a share of what lies between the least and all layers."""
     blank = blank_decoder(source.config)
     storage = storage_of(blank, source.formats(), torch.bfloat16, packed=True)
     blocks = [layer.block for layer in storage.layers]
-    low = least(blocks, ahead)
-    residency = choose(blocks, low + int(share * (sum(blocks) - 1 - low)), ahead)
+    codes = [layer.coded for layer in storage.layers]
+    if coded:
+        low, high = least(codes, max(0, ahead - 1)), sum(codes) - 1
+        room = max(blocks) + low + int(share * (high - low))
+        residency = choose_coded(blocks, codes, room, ahead)
+    else:
+        low = least(blocks, ahead)
+        residency = choose(blocks, low + int(share * (sum(blocks) - 1 - low)), ahead)
     assert residency is not None and residency.streamed
-    stream = LayerStream(residency, torch.device("cuda"), prefetch=ahead > 0, poison=True)
+    stream = stream_of(residency, torch.device("cuda"), prefetch=ahead > 0, poison=True)
+    assert isinstance(stream, CodedStream) == coded
     return source.decoder(stream), stream
 
 
+CODED = [
+    ("31b", None, True),
+    ("31b", "5:16-int4-g128", True),
+    ("31b", "8:16-int8-g64", True),
+]
 CASES = [
-    ("31b", None),
-    ("31b", "dense-int4-g64"),
-    ("31b", "5:16-int4-g128"),
-    ("26b", "dense-int4-g64"),
+    ("31b", "dense-int4-g64", False),
+    ("31b", "5:16-int4-g128", False),
+    ("26b", "dense-int4-g64", False),
+    *CODED,
 ]
 
 
-@pytest.mark.parametrize(("name", "format"), CASES)
-def test_tokens_are_those_of_resident_layers(name: str, format: str | None) -> None:
+@pytest.mark.parametrize(
+    ("name", "format", "coded"), [("31b", None, False), *CASES, ("26b", "5:16-int4-g64", True)]
+)
+def test_tokens_are_those_of_resident_layers(name: str, format: str | None, coded: bool) -> None:
     source = model(name, format)
     resident = source.decoder()
     wanted = {
@@ -74,7 +91,7 @@ def test_tokens_are_those_of_resident_layers(name: str, format: str | None) -> N
         for seed in range(STEPS)
     }
     for ahead, share in ((0, 0.0), (1, 0.0), (2, 0.0), (2, 0.5), (2, 1.0)):
-        decoder, stream = streamed(source, ahead, share)
+        decoder, stream = streamed(source, ahead, share, coded)
         outputs = {
             key: logits_of(decoder, some_tokens(2 * key[0], key[1]), key[0]) for key in wanted
         }
@@ -85,13 +102,13 @@ def test_tokens_are_those_of_resident_layers(name: str, format: str | None) -> N
         stream.close()
 
 
-@pytest.mark.parametrize(("name", "format"), CASES[1:])
-def test_a_recorded_step_copies_too(name: str, format: str | None) -> None:
+@pytest.mark.parametrize(("name", "format", "coded"), CASES)
+def test_a_recorded_step_copies_too(name: str, format: str | None, coded: bool) -> None:
     source = model(name, format)
     resident = source.decoder()
     wanted = [logits_of(resident, some_tokens(BATCH, seed), 1) for seed in range(STEPS)]
     for ahead, share in ((0, 0.0), (2, 0.0), (2, 0.5)):
-        decoder, stream = streamed(source, ahead, share)
+        decoder, stream = streamed(source, ahead, share, coded)
         tokens = some_tokens(BATCH, 0)
         for _ in range(2):
             logits_of(decoder, tokens, 1)
@@ -112,18 +129,44 @@ def test_a_recorded_step_copies_too(name: str, format: str | None) -> None:
         stream.close()
 
 
+@pytest.mark.parametrize(("name", "format"), [case[:2] for case in CODED])
+def test_layers_that_all_stay_are_decoded(name: str, format: str | None) -> None:
+    source = model(name, format)
+    resident = source.decoder()
+    wanted = [logits_of(resident, some_tokens(BATCH, seed), 1) for seed in range(STEPS)]
+    blank = blank_decoder(source.config)
+    layers = storage_of(blank, source.formats(), torch.bfloat16, packed=True).layers
+    blocks, codes = [each.block for each in layers], [each.coded for each in layers]
+    residency = choose_coded(blocks, codes, max(blocks) + sum(codes), 2)
+    assert residency is not None and not residency.streamed
+    stream = stream_of(residency, torch.device("cuda"), prefetch=True, poison=True)
+    decoder = source.decoder(stream)
+    for seed, expected in enumerate(wanted):
+        assert torch.equal(logits_of(decoder, some_tokens(BATCH, seed), 1), expected)
+    assert stream.use().copied_bytes == 0
+    stream.close()
+
+
 def answers(engine: Engine) -> list[tuple[int, ...]]:
     greedy: dict[str, Any] = {"max_tokens": 24, "temperature": 0, "ignore_eos": True}
     streams = [engine.stream([5 + n] * (30 + 50 * n), **greedy) for n in range(4)]
     return [tuple(stream.result().token_ids) for stream in streams]
 
 
-@pytest.mark.parametrize("weight_bits", [None, 4])
-@pytest.mark.parametrize("name", ["debian-8m-dense", "debian-moe-8m"])
-def test_an_engine_keeps_to_its_budget(name: str, weight_bits: int | None) -> None:
+@pytest.mark.parametrize(
+    ("name", "weight_bits", "coded"),
+    [
+        ("debian-8m-dense", None, True),
+        ("debian-8m-dense", None, False),
+        ("debian-8m-dense", 4, True),
+        ("debian-moe-8m", None, True),
+        ("debian-moe-8m", 4, False),
+    ],
+)
+def test_an_engine_keeps_to_its_budget(name: str, weight_bits: int | None, coded: bool) -> None:
     few: dict[str, Any] = {
         **{"device": "cuda", "max_sequences": 4, "max_step_tokens": 64, "max_context": 512},
-        **{"prefix_cache": False},
+        **{"prefix_cache": False, "stream_coded": coded},
     }
     knobs = Knobs(weight_bits=weight_bits, memory_budget=1)
     with Engine(MODELS / name, knobs=knobs, **few) as resident:
@@ -139,6 +182,8 @@ def test_an_engine_keeps_to_its_budget(name: str, weight_bits: int | None) -> No
         assert answers(engine) == wanted
         use = engine.load.stream
         assert use is not None and use.stalled_seconds > 0
+        shorter = any(each.coded < each.block for each in engine.model.storage.layers)
+        assert use.coded == (coded and shorter)
         assert use.copied_bytes >= engine.load.steps * use.host_bytes
         assert torch.cuda.max_memory_allocated() - before < budget * 2**30
 
