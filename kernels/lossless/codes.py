@@ -11,7 +11,8 @@ Nothing else has a code. Sizes follow from shapes, so that memory can be planned
 read. Tensors are taken as they lie in memory, without gaps.
 
 `encode` runs once, when a model is loaded, in plain torch and bounded memory. `decode` runs before
-each use: on a card it is one kernel, elsewhere plain torch.
+each use: on a card it is one kernel, elsewhere plain torch. Its first call on a card for each code
+loads a kernel, and a table for ranks, so that one call has to come before a CUDA graph records any.
 """
 
 import torch
@@ -19,9 +20,10 @@ from torch import Tensor
 
 from ..errors import KernelInputError
 from ..formats import TILE, Format
-from . import exponents, ranks
+from . import exponents, ranks, unrank
 from .exponents import ExponentCode
 from .ranks import MOST_KEPT, RankCode
+from .restore import restore
 
 Code = RankCode | ExponentCode
 """Frozen; `bytes` is the size of what is coded, `plain_bytes` that of what is decoded."""
@@ -73,10 +75,11 @@ def decode(code: Code, coded: Tensor, out: Tensor) -> None:
     if coded.device != out.device:
         raise KernelInputError(f"coded is on {coded.device}, out on {out.device}")
     plain = out.view(-1).view(torch.uint8)
+    on_card = out.device.type == "cuda"
     if isinstance(code, RankCode):
-        ranks.decode(code, coded, plain)
+        (unrank.unrank if on_card else ranks.decode)(code, coded, plain)
     else:
-        exponents.decode(code, coded, plain)
+        (restore if on_card else exponents.decode)(code, coded, plain)
 
 
 def _check(name: str, tensor: Tensor, size: int) -> None:

@@ -3,7 +3,7 @@
 Signs and mantissas of weights are as good as random, but few of 256 exponents occur: with
 DFloat11 (arXiv 2504.11651) they take 2.6 bits by an entropy code, which has to be read bit by bit.
 Here they have a fixed length: each 1024 neighbours choose a base, and code c, 0 to 6, stands for
-the exponent base - c. Code 7 is an escape: that exponent is the next byte of a list, which has
+the exponent base + c. Code 7 is an escape: that exponent is the next byte of a list, which has
 room for 5 % of all (normally distributed weights fill it to 2.5 or 3). Every pattern of 16 bits
 comes back as it was, and the size is known from the number of elements alone: 11.44 bits each.
 
@@ -14,7 +14,7 @@ With M blocks of 1024 elements, the sections are, each beginning at a multiple o
 | rests      | uint8 [M, 1024]  | sign (bit 7) and mantissa of each element                     |
 | planes     | int32 [M, 3, 32] | bit 0, 1 and 2 of the codes                                   |
 | starts     | int32 [M]        | where in the list the block's escapes begin                   |
-| bases      | uint8 [M]        | the largest exponent of each block's codes                    |
+| bases      | uint8 [M]        | the smallest exponent of each block's codes, 248 at most      |
 | list       | uint8            | escaped exponents                                             |
 
 Lane l of 32 decodes the elements 256 c + 8 l + 2 i + o of a block (c and i below 4, o below 2):
@@ -102,7 +102,7 @@ def encode(code: ExponentCode, tensor: Tensor) -> Tensor:
         exponents = ((bits >> 7) & 0xFF).to(torch.uint8)
         rest = (((bits >> 8) & 0x80) | (bits & 0x7F)).to(torch.uint8)
         base = _best_bases(exponents, missing)
-        steps = base[:, None].int() - exponents.int()
+        steps = exponents.int() - base[:, None].int()
         escaped = (steps < 0) | (steps >= WINDOW)
         steps.masked_fill_(escaped, WINDOW)
         if missing:
@@ -133,7 +133,7 @@ def decode(code: ExponentCode, coded: Tensor, out: Tensor) -> None:
         blocks = slice(first, first + _CHUNK)
         own = flat[first * BLOCK : (first + _CHUNK) * BLOCK]
         steps = _steps(planes[blocks])
-        exponents = bases[blocks, None].int() - _original(steps, _BITS).int()
+        exponents = bases[blocks, None].int() + _original(steps, _BITS).int()
         escaped = _stored(_original(steps == WINDOW, _BITS), _ESCAPES)
         place = starts[blocks, None] + escaped.cumsum(1) - 1
         taken = listed[place.clamp(0, code.room - 1)].int()
@@ -158,15 +158,16 @@ def _sections(code: ExponentCode, coded: Tensor) -> tuple[Tensor, ...]:
 
 
 def _best_bases(exponents: Tensor, missing: int) -> Tensor:
-    """uint8 [m] for exponents [m, 1024]: the highest of seven neighbours that most are among.
+    """uint8 [m] for exponents [m, 1024]: the lowest of seven neighbours that most are among.
 
-    The last `missing` elements are none.
+    The last `missing` elements are none. 255, of infinities, is never among them: so a kernel may
+    add seven to any base without leaving a byte.
     """
     rows = torch.arange(len(exponents), device=exponents.device)[:, None]
     places = (rows * 256 + exponents).flatten()
     counts = torch.bincount(places[: len(places) - missing], minlength=256 * len(exponents))
     sums = F.pad(counts.view(-1, 256).cumsum(1), (1, 0))
-    return (sums[:, WINDOW:] - sums[:, :-WINDOW]).argmax(1).add(WINDOW - 1).to(torch.uint8)
+    return (sums[:, WINDOW:-1] - sums[:, : -WINDOW - 1]).argmax(1).to(torch.uint8)
 
 
 def _stored(elements: Tensor, order: tuple[int, ...]) -> Tensor:

@@ -154,7 +154,8 @@ def _sections(code: RankCode, coded: Tensor) -> Iterator[list[Tensor]]:
 
 def _halves(joined: Tensor) -> Tensor:
     """uint8 [m, 2n, 128] of the low and high nibbles of [m, n, 128]."""
-    return torch.stack((joined & 15, joined >> 4), 2).flatten(1, 2)
+    halves: Tensor = torch.stack((joined & 15, joined >> 4), 2)
+    return halves.flatten(1, 2)
 
 
 def _packed(values: Tensor, width: int) -> Tensor:
@@ -167,4 +168,5 @@ def _packed(values: Tensor, width: int) -> Tensor:
 def _unpacked(plane: Tensor, width: int) -> Tensor:
     """uint8 [m, 128], the inverse of `_packed`."""
     shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=plane.device)
-    return ((plane[..., None] >> shifts) & ((1 << width) - 1)).flatten(-2)
+    parts: Tensor = (plane[..., None] >> shifts) & ((1 << width) - 1)
+    return parts.flatten(-2)

@@ -1,0 +1,235 @@
+"""Lossless codes: every byte comes back, sizes are known ahead, what does not fit is refused."""
+
+from itertools import combinations
+
+import pytest
+import torch
+from torch import Tensor
+
+from conclave.kernels.errors import CodeError, KernelInputError
+from conclave.kernels.formats import Format, tensor_shapes
+from conclave.kernels.layouts import pack
+from conclave.kernels.lossless import exponents, ranks
+from conclave.kernels.lossless.codes import Code, code_of, decode, encode
+from conclave.kernels.lossless.exponents import BLOCK, ExponentCode
+from conclave.kernels.lossless.ranks import RankCode
+from conclave.kernels.lossless.restore import restore
+from conclave.kernels.lossless.unrank import unrank
+
+SHAPES = [(48, 128), (200, 320), (3, 150, 64)]
+GUARD = 64
+
+
+def bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def code_for(format: Format | None, field: str, tensor: Tensor) -> Code:
+    code = code_of(field, format, tuple(tensor.shape), tensor.dtype)
+    assert code is not None and code.bytes % 16 == 0 and code.bytes < tensor.nbytes
+    assert code.plain_bytes == tensor.nbytes
+    return code
+
+
+def decoded(code: Code, coded: Tensor, kernel: bool, device: torch.device | None = None) -> Tensor:
+    """By the reference, or by the kernel; into the midst of garbage, which has to stay."""
+    memory = torch.full((GUARD + code.plain_bytes + GUARD,), 0xA5, dtype=torch.uint8, device=device)
+    out = memory[GUARD:-GUARD]
+    coded = coded.to(memory.device)
+    if not kernel:
+        decode(code, coded, out)
+    elif isinstance(code, RankCode):
+        unrank(code, coded, out)
+    else:
+        restore(code, coded, out)
+    assert (memory[:GUARD] == 0xA5).all() and (memory[-GUARD:] == 0xA5).all()
+    return out.cpu()
+
+
+def comes_back(
+    code: Code, tensor: Tensor, kernel: bool = False, device: torch.device | None = None
+) -> None:
+    coded = encode(code, tensor)
+    assert coded.dtype == torch.uint8 and coded.shape == (code.bytes,)
+    assert torch.equal(decoded(code, coded, kernel, device), bytes_of(tensor).cpu())
+
+
+def every_way(kept: int, valued: bool) -> tuple[RankCode, Tensor]:
+    """A tensor in which each set of positions occurs, with all values."""
+    ways = torch.tensor(list(combinations(range(16), kept)), dtype=torch.uint8)
+    groups = -(-len(ways) // 128)
+    rows = ways[torch.randperm(groups * 128) % len(ways)].view(groups, 128, kept).transpose(1, 2)
+    if valued:
+        tensor = rows | (torch.randint(16, rows.shape) << 4).to(torch.uint8)
+    else:
+        padded = torch.nn.functional.pad(rows, (0, 0, 0, kept % 2))
+        tensor = padded[:, ::2] | padded[:, 1::2] << 4
+    return RankCode(kept, groups, valued), tensor.contiguous()
+
+
+def weights(count: int, kind: str) -> Tensor:
+    """bfloat16 [count] that fit, but each in another way."""
+    normal = torch.randn(count)
+    if kind == "rows of many sizes":
+        normal *= torch.exp2(torch.randint(-60, 60, (-(-count // BLOCK),)))[
+            torch.arange(count) // BLOCK
+        ]
+    made = (normal * 0.02).bfloat16()
+    bits = made.view(torch.int16)
+    if kind == "zeros":
+        bits.zero_()
+    if kind == "subnormal":
+        bits &= 0x807F - 0x10000
+    if kind == "all patterns":  # as escapes, as far as there is room
+        place = torch.arange(0, count, 64)
+        bits[place] = torch.arange(len(place)).mul(977).remainder(65536).to(torch.int16)
+    if kind == "all escapes at one place":
+        few = count // 50
+        bits[count // 3 : count // 3 + few] = torch.randint(-32768, 32768, (few,)).short()
+    return made
+
+
+KINDS = [
+    *("normal", "rows of many sizes", "zeros", "subnormal"),
+    *("all patterns", "all escapes at one place"),
+]
+COUNTS = [2 * BLOCK, 4 * BLOCK, 9 * BLOCK + 1, 5 * BLOCK + 514, 20 * BLOCK - 1]
+
+
+@pytest.mark.parametrize("kept", range(1, 9))
+@pytest.mark.parametrize("kind", ["int4-g32", "int8-g64", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_packed_weights_come_back(kept: int, kind: str, shape: tuple[int, ...]) -> None:
+    format = Format.parse(f"{kept}:16-{kind}")
+    packed = pack(torch.randn(shape), format)
+    found = packed.tensors()
+    if kind == "int4-g32" and kept > 1:
+        comes_back(code_for(format, "codes", found["codes"]), found["codes"])
+    if "positions" in found:
+        comes_back(code_for(format, "positions", found["positions"]), found["positions"])
+
+
+@pytest.mark.parametrize("valued", [True, False])
+@pytest.mark.parametrize("kept", range(1, 9))
+def test_every_set_of_positions_comes_back(kept: int, valued: bool) -> None:
+    comes_back(*every_way(kept, valued))
+
+
+def test_ranks_are_those_of_the_book() -> None:
+    assert ranks.nibbles(2)[:5].tolist() == [0x10, 0x20, 0x21, 0x30, 0x31]
+    assert ranks.nibbles(8)[-1].item() & 0xFFFFFFFF == 0xFEDCBA98
+    bits = [RankCode(kept, 1, True).bits for kept in range(1, 9)]
+    assert bits == [4, 7, 10, 11, 13, 13, 14, 14]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", COUNTS)
+def test_bfloat16_comes_back(count: int, kind: str) -> None:
+    tensor = weights(count, kind)
+    comes_back(code_for(None, "plain", tensor), tensor)
+
+
+def test_more_than_a_chunk_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exponents, "_CHUNK", 3)
+    monkeypatch.setattr(ranks, "_CHUNK", 128 * 5 * 2)
+    tensor = weights(10 * BLOCK + 7, "all patterns")
+    comes_back(code_for(None, "plain", tensor), tensor)
+    comes_back(*every_way(5, True))
+
+
+def test_sizes_by_hand() -> None:
+    """5:16 int4 of 43008 x 5376: 33 bits for 40; bfloat16 of the same: 11.44 for 16."""
+    format = Format.parse("5:16-int4-g128")
+    shape, dtype = tensor_shapes(format, 43008, 5376)["codes"]
+    code = code_of("codes", format, shape, dtype)
+    assert shape == (336, 336, 5, 128) and code == RankCode(5, 336 * 336, True)
+    assert code.bytes == 336 * 336 * 128 * 33 // 8
+    plain = code_of("plain", None, (43008, 5376), torch.bfloat16)
+    weights, blocks = 43008 * 5376, 225792
+    assert plain == ExponentCode(weights) and plain.blocks == blocks
+    rounded = 11560560  # 5 % are 11,560,550
+    assert plain.bytes == weights * 11 // 8 + 5 * blocks + rounded
+    assert abs(8 * plain.bytes / weights - 11.44) < 0.005
+
+
+def test_what_has_no_code_travels_as_it_is() -> None:
+    for text in ("dense-int4-g64", "dense-int8-g64", "1:16-int4-g64", "9:16-int4-g64"):
+        format = Format.parse(text)
+        for name, (shape, dtype) in tensor_shapes(format, 256, 256).items():
+            assert code_of(name, format, shape, dtype) is None
+    shape, dtype = tensor_shapes(Format.parse("5:16-int8-g64"), 256, 256)["codes"]
+    assert code_of("codes", Format.parse("5:16-int8-g64"), shape, dtype) is None
+    assert code_of("plain", None, (512, 64), torch.float32) is None
+    assert code_of("plain", None, (64,), torch.bfloat16) is None, "its block would be longer"
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    spread = torch.randint(-32768, 32768, (8 * BLOCK,)).short().view(torch.bfloat16)
+    code = code_for(None, "plain", spread)
+    with pytest.raises(CodeError, match=r"more than 416 of 8192 .* must travel as it is"):
+        encode(code, spread)
+    own, tensor = every_way(5, True)
+    with pytest.raises(CodeError, match="do not ascend; the weight must travel as it is"):
+        encode(own, tensor.flip(1).contiguous())
+    halves, odd = every_way(5, False)
+    odd[:, -1] |= 0x10
+    with pytest.raises(CodeError, match="too many"):
+        encode(halves, odd)
+    with pytest.raises(KernelInputError, match="must be contiguous, 16384 bytes"):
+        encode(code, spread[:-8])
+    with pytest.raises(KernelInputError, match="coded is"):
+        decode(code, torch.zeros(code.bytes - 16, dtype=torch.uint8), spread)
+    with pytest.raises(KernelInputError, match="out is"):
+        decode(code, torch.zeros(code.bytes, dtype=torch.uint8), spread.view(-1, 64).t())
+
+
+def test_the_list_may_be_full_to_the_last() -> None:
+    tensor = torch.ones(4 * BLOCK, dtype=torch.bfloat16)
+    code = code_for(None, "plain", tensor)
+    assert isinstance(code, ExponentCode) and code.room == 208
+    tensor[: code.room] = 1e30
+    comes_back(code, tensor)
+    tensor[-1] = 1e30
+    with pytest.raises(CodeError, match="more than 208"):
+        encode(code, tensor)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("valued", [True, False])
+@pytest.mark.parametrize("kept", range(1, 9))
+def test_kernel_finds_every_set_of_positions(kept: int, valued: bool, device: torch.device) -> None:
+    comes_back(*every_way(kept, valued), True, device)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kernel_decodes_packed_weights(shape: tuple[int, ...], device: torch.device) -> None:
+    for text, field in (("5:16-int4-g32", "codes"), ("5:16-int8-g64", "positions")):
+        format = Format.parse(text)
+        tensor = pack(torch.randn(shape), format).tensors()[field]
+        comes_back(code_for(format, field, tensor), tensor, True, device)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", COUNTS)
+def test_kernel_decodes_bfloat16(count: int, kind: str, device: torch.device) -> None:
+    tensor = weights(count, kind)
+    comes_back(code_for(None, "plain", tensor), tensor, True, device)
+
+
+@pytest.mark.gpu
+def test_coded_on_a_card_as_on_a_cpu_and_decoded_in_a_graph() -> None:
+    codes, tensor = every_way(5, True)
+    plain = weights(300 * BLOCK + 5, "normal")
+    for code, own in ((codes, tensor), (ExponentCode(len(plain)), plain)):
+        coded = encode(code, own.cuda())
+        assert torch.equal(coded.cpu(), encode(code, own))
+        out = torch.empty_like(own, device="cuda")
+        decode(code, coded, out)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            decode(code, coded, out)
+        bytes_of(out).fill_(0xA5)
+        graph.replay()
+        assert torch.equal(bytes_of(out).cpu(), bytes_of(own))
