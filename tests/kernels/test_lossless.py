@@ -117,7 +117,7 @@ def test_every_set_of_positions_comes_back(kept: int, valued: bool) -> None:
 
 def test_ranks_are_those_of_the_book() -> None:
     assert ranks.nibbles(2)[:5].tolist() == [0x10, 0x20, 0x21, 0x30, 0x31]
-    assert ranks.nibbles(8)[-1].item() & 0xFFFFFFFF == 0xFEDCBA98
+    assert int(ranks.nibbles(8)[-1]) & 0xFFFFFFFF == 0xFEDCBA98
     bits = [RankCode(kept, 1, True).bits for kept in range(1, 9)]
     assert bits == [4, 7, 10, 11, 13, 13, 14, 14]
 
