@@ -162,7 +162,8 @@ def _packed(values: Tensor, width: int) -> Tensor:
     """uint8 [m, 16 * width] from int32 [m, 128] of `width` bits each."""
     each = 8 // width
     shifts = torch.arange(0, 8, width, device=values.device)
-    return (values.unflatten(-1, (-1, each)) << shifts).sum(-1).to(torch.uint8)
+    joined: Tensor = values.unflatten(-1, (-1, each)) << shifts
+    return joined.sum(-1).to(torch.uint8)
 
 
 def _unpacked(plane: Tensor, width: int) -> Tensor:

@@ -89,6 +89,12 @@ def weights(count: int, kind: str) -> Tensor:
     return made
 
 
+def every_pattern() -> Tensor:
+    """bfloat16 [65536] by exponent, so that only infinities and NaNs are escapes."""
+    numbers = torch.arange(65536)
+    return ((numbers & 1) << 15 | numbers >> 1).to(torch.int16).view(torch.bfloat16)
+
+
 KINDS = [
     *("normal", "rows of many sizes", "zeros", "subnormal"),
     *("all patterns", "all escapes at one place"),
@@ -117,7 +123,7 @@ def test_every_set_of_positions_comes_back(kept: int, valued: bool) -> None:
 
 def test_ranks_are_those_of_the_book() -> None:
     assert ranks.nibbles(2)[:5].tolist() == [0x10, 0x20, 0x21, 0x30, 0x31]
-    assert ranks.nibbles(8)[-1].item() & 0xFFFFFFFF == 0xFEDCBA98
+    assert int(ranks.nibbles(8)[-1]) & 0xFFFFFFFF == 0xFEDCBA98
     bits = [RankCode(kept, 1, True).bits for kept in range(1, 9)]
     assert bits == [4, 7, 10, 11, 13, 13, 14, 14]
 
@@ -127,6 +133,11 @@ def test_ranks_are_those_of_the_book() -> None:
 def test_bfloat16_comes_back(count: int, kind: str) -> None:
     tensor = weights(count, kind)
     comes_back(code_for(None, "plain", tensor), tensor)
+
+
+def test_every_pattern_of_bfloat16_comes_back() -> None:
+    assert len(every_pattern().view(torch.int16).unique()) == 65536
+    comes_back(ExponentCode(65536), every_pattern())
 
 
 def test_more_than_a_chunk_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,6 +227,11 @@ def test_kernel_decodes_packed_weights(shape: tuple[int, ...], device: torch.dev
 def test_kernel_decodes_bfloat16(count: int, kind: str, device: torch.device) -> None:
     tensor = weights(count, kind)
     comes_back(code_for(None, "plain", tensor), tensor, True, device)
+
+
+@pytest.mark.kernel
+def test_kernel_decodes_every_pattern_of_bfloat16(device: torch.device) -> None:
+    comes_back(ExponentCode(65536), every_pattern(), True, device)
 
 
 @pytest.mark.gpu
