@@ -82,9 +82,9 @@ def load_model(config: EngineConfig, progress: Progress | None = None) -> Loaded
     try:
         return _load(config, progress)
     except CodeError as error:
-        log.warning(
-            "%s is loaded again, as if stream_coded were false: %s", config.model, str(error)
-        )
+        # In words: whoever keeps the record would keep all that was loaded with the error.
+        text = str(error)
+        log.warning("%s is loaded again, as if stream_coded were false: %s", config.model, text)
     if torch.cuda.is_available():  # what the first attempt took
         torch.cuda.empty_cache()
     return _load(config.model_copy(update={"stream_coded": False}), progress)
