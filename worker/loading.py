@@ -17,7 +17,7 @@ from .compress.manifest import MANIFEST, read_manifest
 from .compress.reader import check_settings, is_compressed, load_compressed, read_list
 from .config import EngineConfig
 from .errors import CheckpointError, ConfigError
-from .memory.device import cache_memory, free_memory, memory_of
+from .memory.device import cache_memory, free_memory, library_memory, memory_of
 from .memory.experts.cache import ExpertCache
 from .memory.plan import Plan, gib, plan_memory
 from .memory.streaming.coded import stream_of
@@ -338,4 +338,5 @@ def _plan(
             "free; lower it, or end what else runs there"
         )
     bytes_each = expected_token_bytes(model, config.knobs.max_error, dtype.itemsize)
-    return plan_memory(config, model, storage, budget, dtype.itemsize, bytes_each)
+    library = library_memory(device)
+    return plan_memory(config, model, storage, budget, dtype.itemsize, bytes_each, library)

@@ -122,7 +122,6 @@ def softmax(scores, largest, share, position, first, MASKED: gl.constexpr):
     base = gl.convert_layout(new, gl.SliceLayout(1, SCORES))
     shares = gl.exp2(scores * LOG2E - base[:, None])
     old = gl.exp2(largest - new)
-    share = share * old + gl.convert_layout(gl.sum(shares, 1), ROWS)
     low, high = gl.split(gl.reshape(shares, [BLOCK, TILE // 2, 2]))
     pairs = gl.inline_asm_elementwise(
         "cvt.rn.bf16x2.f32 $0, $2, $1;",
@@ -132,6 +131,17 @@ def softmax(scores, largest, share, position, first, MASKED: gl.constexpr):
         is_pure=True,
         pack=1,
     )
+    low, high = gl.inline_asm_elementwise(
+        "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+        "=&r,=r,r",
+        [pairs],
+        dtype=(gl.float32, gl.float32),
+        is_pure=True,
+        pack=1,
+    )
+    # The sum is of what is multiplied: a row that sees one key has just its value.
+    own = gl.convert_layout(gl.sum(low + high, 1), gl.SliceLayout(1, SCORES))
+    share = share * old + gl.convert_layout(own, ROWS)
     return gl.convert_layout(pairs, PAIRS, assert_trivial=True), new, share, old
 
 

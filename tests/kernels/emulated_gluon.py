@@ -163,12 +163,15 @@ class Emulated:
         self, text: str, constraints: str, values: list[Any], dtype: Any, is_pure: bool, pack: int
     ) -> Any:
         assert pack == 1
-        words = text.strip("{} ").split("; ")[-1].split()[0]
+        words = text.strip("{}; ").split("; ")[-1].split()[0]
         if words == "cvt.rn.bf16x2.f32":
             return torch.stack([each.bfloat16() for each in values], -1).view(torch.int32)[..., 0]
         if words == "mul.rn.bf16x2":
             pairs = values[0][..., None].contiguous().view(torch.bfloat16)
             return (pairs * values[1].bfloat16()[..., None]).view(torch.int32)[..., 0]
+        if words == "and.b32":
+            halves = values[0][..., None].contiguous().view(torch.bfloat16)
+            return halves.float().unbind(-1)
         if words == "mov.b32":
             return values[0][..., None].contiguous().view(torch.bfloat16).unbind(-1)
         assert words == "shr.s32", text

@@ -21,7 +21,7 @@ from ..model.config import ModelConfig
 from ..model.storage import Storage, storage_of
 from ..narrow import expected_token_bytes
 from ..weights import blank_decoder
-from .device import memory_of
+from .device import LIBRARY, memory_of
 from .forecast import H100, Rates, balance, computing, decoding, forecast
 from .measured import measured_rates
 from .pictures import draw
@@ -109,7 +109,9 @@ def _outlook(
 ) -> Outlook:
     model, storage = _sizes(config, shape)
     bytes_each = expected_token_bytes(model, config.knobs.max_error, _DTYPE.itemsize)
-    found = plan_memory(config, model, storage, _budget(config), _DTYPE.itemsize, bytes_each)
+    found = plan_memory(
+        config, model, storage, _budget(config), _DTYPE.itemsize, bytes_each, LIBRARY
+    )
     rates, measured = _rates(given)
     times = tuple(
         forecast(model, storage, found.residency, found.ahead, each, rates, found.experts)

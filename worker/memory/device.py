@@ -10,6 +10,9 @@ _GPU_SHARE = 0.9
 _CPU_SHARE, _CPU_LIMIT = 0.25, 2**30
 """Of the free host memory, and at most: other programs live there too."""
 
+LIBRARY = 32 * 2**20
+"""What torch allocates for cuBLAS for each stream that multiplies, on Hopper; elsewhere less."""
+
 
 def memory_of(device: torch.device) -> int:
     """Bytes that the device has."""
@@ -41,3 +44,11 @@ def cache_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(free * _GPU_SHARE)
     return min(int(free * _CPU_SHARE), _CPU_LIMIT)
+
+
+def library_memory(device: torch.device) -> int:
+    """Bytes that products take for each stream on which they run, beside what they read and write.
+
+    The allocator counts them, and they stay.
+    """
+    return LIBRARY if device.type == "cuda" else 0

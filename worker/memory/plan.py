@@ -54,6 +54,7 @@ def plan_memory(
     budget: int,
     dtype_size: int,
     token_bytes: Sequence[int],
+    library: int = 0,
 ) -> Plan:
     """Divide `budget` bytes up.
 
@@ -64,12 +65,14 @@ def plan_memory(
         budget: bytes on the device.
         dtype_size: bytes of one number of the model's dtype.
         token_bytes: what one token takes in each cache group.
+        library: bytes that a library of products takes for each stream that multiplies.
 
     Raises:
         ConfigError: no residency fits; says what the least budget is.
     """
     context = context_of(config, model.max_position_embeddings)
     step = workspace(config, model, context, dtype_size, storage.expanded)
+    step += library * _multiplying(config, storage)
     if config.kv_host_gib is not None:
         step += max(HOST_BUFFER, *(LANES * each * config.block_size for each in token_bytes))
     groups, limit = cache_groups(model), model.max_position_embeddings
@@ -88,6 +91,12 @@ def plan_memory(
     residency, slots = found
     plan = Plan(budget, storage.rest, step, 0, residency, ahead, slots)
     return replace(plan, cache=left - plan.weights)
+
+
+def _multiplying(config: EngineConfig, storage: Storage) -> int:
+    """Streams on which products run: experts are foreseen on one of their own."""
+    foreseen = config.stream_experts and any(layer.experts for layer in storage.layers)
+    return 2 if foreseen and config.knobs.ahead else 1
 
 
 def _place(

@@ -152,6 +152,20 @@ def test_a_token_waits_for_what_was_not_foreseen() -> None:
     assert many.transfer == pytest.approx(absent / (H100.link * BY_PROCESSORS), rel=1e-3)
 
 
+def test_what_products_work_in_counts_once_a_stream() -> None:
+    library = 32 * 2**20
+    for (model, storage), times, fields in (
+        (INT4_EXPERTS, 2, {}),  # experts are foreseen on a stream of its own
+        (INT4_EXPERTS, 1, {"stream_experts": False}),
+        (INT4_EXPERTS, 1, knobs(prefetch=False)),
+        (INT4, 1, {}),
+    ):
+        config = EngineConfig.model_validate({"model": "m", "max_context": 4096, **fields})
+        bytes_each = [group.bytes_per_token(2) for group in cache_groups(model)]
+        sizes = (config, model, storage, 40 * GIB, 2, bytes_each)
+        assert plan_memory(*sizes, library).step == plan_memory(*sizes).step + times * library
+
+
 def test_all_weights_stay_where_they_can() -> None:
     model, storage = INT4
     assert not plan_of(model, storage, 24 * GIB).residency.streamed

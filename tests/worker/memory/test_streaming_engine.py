@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from conclave.worker import Engine, Knobs
+from conclave.worker.memory.device import library_memory
 from conclave.worker.model.config import cache_groups
 from conclave.worker.narrow import expected_token_bytes
 from conclave.worker.scheduling.sizing import cache_bytes
@@ -29,12 +30,13 @@ def answers(engine: Engine) -> list[tuple[int, ...]]:
 
 
 def beside_layers(engine: Engine) -> int:
-    """Bytes of all but the layers' large weights, with the smallest cache."""
+    """Bytes of all but the layers' large weights, with the smallest cache; experts foreseen."""
     config, model, storage = engine.config, engine.model.config, engine.model.storage
     size, context = engine.model.dtype.itemsize, engine.model.cache.max_context
     bytes_each = expected_token_bytes(model, config.knobs.max_error, size)
     one, _ = cache_bytes(config, cache_groups(model), context, bytes_each)
-    return storage.rest + workspace(config, model, context, size, storage.expanded) + one
+    library = 2 * library_memory(engine.model.device)
+    return storage.rest + workspace(config, model, context, size, storage.expanded) + library + one
 
 
 @pytest.mark.parametrize(
