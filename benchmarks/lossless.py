@@ -1,111 +1,123 @@
-"""How fast are lossless codes decoded, beside a copy of as many bytes?
+"""How fast are weights decoded from their lossless codes?
 
-Linears of the 31B shape with random weights, in 5:16 int4 (positions as ranks) and in bfloat16
-(exponents in three bits). What the kernel decodes is compared with what was coded, bit by bit,
-before it is timed; each launch takes another copy, so that none lies in the cache. Told are
-microseconds, GB/s of bytes read and written, and that over the rate of a copy on the same card.
-
-Run it as `python -m benchmarks.lossless` on a machine with one card.
+The large weights of a 31B-shaped layer, random: 5:16 int4 (ranks of positions) and bfloat16
+(exponents in three bits). What is decoded is first compared with what was encoded, byte for byte;
+then the decoding is timed as launches of a CUDA graph, each of memory of its own. Rates are of the
+bytes read and written, beside the device's copy in the same run. `--dry` compares small ones
+anywhere and times nothing.
 """
 
 import argparse
-import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from conclave.kernels.formats import Format, tensor_shapes
-from conclave.kernels.lossless import ranks
+from conclave.kernels.formats import Format
+from conclave.kernels.layouts import pack
 from conclave.kernels.lossless.codes import Code, code_of, decode, encode
 
-from .clock import Time, copies_past_cache, copy_rate, launches_over, replayed
+from .clock import copies_past_cache, copy_rate, launches_over, replayed
 from .records import machine, write_result
+from .rows import Row
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = ((43008, 5376), (5376, 21504))
-TINY = ((300, 256), (128, 512))
-FORMAT = Format.parse("5:16-int4-g128")
+"""Gate and up, and down."""
+FORMATS = ("5:16-int4-g128", None)
+_PACKED = 1024
+"""Rows that are packed; a weight repeats them."""
 
 
 def main() -> None:
-    """Measure, print, write down."""
+    """Compare, time, write down."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dry", action="store_true", help="tiny sizes, untimed; write no result")
+    parser.add_argument("--dry", action="store_true", help="small weights; write no result")
     parser.add_argument("--out", type=Path, help="a folder that gets a copy of what is written")
     options = parser.parse_args()
     if not (options.dry or torch.cuda.is_available()):
-        raise SystemExit("no GPU; this measures one (or give --dry)")
-    figures = measure(TINY if options.dry else SHAPES, options.dry)
-    print(json.dumps(figures, indent=1))
+        raise SystemExit("no GPU; this measures kernels on one (or give --dry)")
+    figures = measure(options.dry)
     if not options.dry:
         path = write_result("lossless", figures)
-        if options.out:
+        print(f"written: {path}")
+        if options.out is not None:
             shutil.copy(path, options.out)
 
 
-def measure(shapes: tuple[tuple[int, int], ...], dry: bool = False) -> dict[str, Any]:
+def measure(dry: bool) -> dict[str, Any]:
     """All figures."""
-    copied = 0.0 if dry else copy_rate().median
-    print(f"{machine()}: a copy {copied:.0f} GB/s", flush=True)
-    rows = [
-        {"kind": kind, "shape": list(shape)} | decoding(code, tensor, copied)
-        for shape in shapes
-        for kind, code, tensor in tensors(*shape)
-    ]
-    return {"copy_gb_per_s": copied, "decoded": rows}
+    torch.manual_seed(0)
+    rate = 1.0 if dry else copy_rate().median
+    print(f"{machine()}: copy {rate:.0f} GB/s")
+    shapes = [(384, 256)] if dry else SHAPES
+    rows = [row_of(text, *shape, rate, dry) for text in FORMATS for shape in shapes]
+    return {"copy_gb_per_s": rate, "rows": rows}
 
 
-def tensors(rows: int, columns: int) -> Iterator[tuple[str, Code, Tensor]]:
-    """Random ones of both kinds, with their codes."""
-    shape, dtype = tensor_shapes(FORMAT, rows, columns)["codes"]
-    code = code_of("codes", FORMAT, shape, dtype)
+def row_of(text: str | None, rows: int, columns: int, rate: float, dry: bool) -> Row:
+    """One weight's: shorter by what, decoded how fast."""
+    format = None if text is None else Format.parse(text)
+    field = "plain" if format is None else "codes"
+    tensor = weight(format, rows, columns, "cpu" if dry else "cuda")
+    code = code_of(field, format, tuple(tensor.shape), tensor.dtype)
     assert code is not None
-    yield str(FORMAT), code, sparse_codes(shape)
-    code = code_of("plain", None, (rows, columns), torch.bfloat16)
-    assert code is not None
-    yield "bfloat16", code, torch.randn(rows, columns, device=DEVICE).mul_(0.02).bfloat16()
-
-
-def sparse_codes(shape: tuple[int, ...]) -> Tensor:
-    """uint8 of N:16 int4: any positions, any values."""
-    *stack, kept, rows = shape
-    ways = ranks.nibbles(kept).to(DEVICE)
-    drawn = ways[torch.randint(len(ways), (*stack, rows), device=DEVICE)]
-    made = torch.randint(16, shape, dtype=torch.uint8, device=DEVICE) << 4
-    for slot in range(kept):
-        made[..., slot, :] |= ((drawn >> 4 * slot) & 15).to(torch.uint8)
-    return made
-
-
-def decoding(code: Code, tensor: Tensor, copied: float) -> dict[str, Any]:
-    """Checks, and unless `copied` is 0 times, one kind of one shape."""
     coded = encode(code, tensor)
+    check(code, coded, tensor)
+    row: Row = {
+        "format": text or "bfloat16",
+        "shape": f"{rows}x{columns}",
+        "bits": 8 * code.bytes / (rows * columns),
+        "of_plain": code.bytes / code.plain_bytes,
+    }
+    if not dry:
+        row |= timed(code, coded, tensor, rate)
+    print(
+        " ".join(
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in row.items()
+        ),
+        flush=True,
+    )
+    return row
+
+
+def weight(format: Format | None, rows: int, columns: int, device: str) -> Tensor:
+    """bfloat16 [rows, columns], or the codes of as many rows in `format`."""
+    if format is None:
+        plain = torch.randn(rows, columns, dtype=torch.bfloat16, device=device)
+        return plain.mul_(columns**-0.5)
+    some = min(rows, _PACKED)
+    codes = pack(torch.randn(some, columns, device=device), format).codes
+    return codes.repeat(-(-rows // some), 1, 1, 1)[: -(-rows // 128)].contiguous()
+
+
+def check(code: Code, coded: Tensor, tensor: Tensor) -> None:
+    """AssertionError if what is decoded differs in a byte."""
     out = torch.empty_like(tensor)
     out.view(torch.uint8).fill_(0xA5)
     decode(code, coded, out)
-    if not torch.equal(out.view(torch.uint8), tensor.view(torch.uint8)):
-        raise SystemExit(f"{code} decodes to something else; no speed is told")
-    told: dict[str, Any] = {"of_plain_bytes": code.bytes / code.plain_bytes}
-    if not copied:
-        return told
-    copies = copies_past_cache(code.bytes + code.plain_bytes)
-    sources = [coded, *(coded.clone() for _ in range(copies - 1))]
-    targets = [out, *(torch.empty_like(out) for _ in range(copies - 1))]
+    assert torch.equal(out.view(torch.uint8), tensor.view(torch.uint8))
 
-    def launch(index: int) -> None:
-        decode(code, sources[index % copies], targets[index % copies])
 
-    time: Time = replayed(launch, launches_over(copies))
-    rate = (code.bytes + code.plain_bytes) / time.median / 1e3
-    return told | {
-        "microseconds": time.median,
-        "spread": [time.low, time.high],
-        "gb_per_s": rate,
-        "of_a_copy": rate / copied,
+def timed(code: Code, coded: Tensor, tensor: Tensor, rate: float) -> Row:
+    """Microseconds, and the share of a copy's rate; of several copies, past the cache."""
+    moved = code.bytes + code.plain_bytes
+    copies = copies_past_cache(moved)
+    sources = [coded.clone() for _ in range(copies)]
+    targets = [torch.empty_like(tensor) for _ in range(copies)]
+    time = replayed(
+        lambda index: decode(code, sources[index % copies], targets[index % copies]),
+        launches=launches_over(copies),
+    )
+    speed = moved / time.median / 1e3
+    return {
+        "us": time.median,
+        "low": time.low,
+        "high": time.high,
+        "gb_per_s": speed,
+        "of_copy": speed / rate,
     }
 
 

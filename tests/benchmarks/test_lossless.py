@@ -1,18 +1,23 @@
-"""The benchmark of lossless codes runs, and refuses speeds of what is wrong."""
+"""The benchmark of lossless codes compares before it times."""
 
 import pytest
 import torch
 
 from benchmarks import lossless
+from conclave.kernels.lossless.codes import code_of, encode
 
 
-def test_tiny_weights_come_back() -> None:
-    told = lossless.measure(lossless.TINY, dry=True)["decoded"]
-    assert [row["kind"] for row in told] == ["5:16-int4-g128", "bfloat16"] * 2
-    assert all(row["of_plain_bytes"] == 0.825 for row in told[::2])
+def test_small_weights_are_compared_and_told() -> None:
+    figures = lossless.measure(dry=True)
+    assert [row["format"] for row in figures["rows"]] == ["5:16-int4-g128", "bfloat16"]
+    assert [round(row["of_plain"], 3) for row in figures["rows"]] == [0.825, 0.715]
 
 
-def test_what_is_wrong_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lossless, "decode", lambda code, coded, out: torch.Tensor.zero_(out))
-    with pytest.raises(SystemExit, match="no speed is told"):
-        lossless.measure(lossless.TINY, dry=True)
+def test_a_wrong_byte_is_found() -> None:
+    tensor = lossless.weight(None, 128, 64, "cpu")
+    code = code_of("plain", None, tuple(tensor.shape), torch.bfloat16)
+    assert code is not None
+    coded = encode(code, tensor)
+    coded[5] ^= 1
+    with pytest.raises(AssertionError):
+        lossless.check(code, coded, tensor)

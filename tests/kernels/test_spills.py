@@ -17,14 +17,17 @@ from conclave.kernels.tensor_cores import matmul
 TARGETS = ("sm_89", "sm_90", "gfx1100", "gfx1201")
 WHOLE = ("sm_90", "gfx1201")
 """Compiled for any number of tokens; the others for the most of them alone."""
+DECODING = ("unrank", "restore")
+"""Of lossless codes."""
 EXPECTED = {
-    "sm_89": {"sparse_gemv", "token_pairs", "tile_mma", "dense_gemv", "interleave"},
+    "sm_89": {"sparse_gemv", "token_pairs", "tile_mma", "dense_gemv", "interleave", *DECODING},
     "sm_90": {
         *{"sparse_gemv", "token_pairs", "tile_wgmma", "dense_gemv", "interleave"},
         *{"tile_persistent", "tile_staged", "arrange", "prefill_wide"},
+        *DECODING,
     },
-    "gfx1100": {"sparse_gather", "dense_gemv"},
-    "gfx1201": {"sparse_gather", "dense_gemv"},
+    "gfx1100": {"sparse_gather", "dense_gemv", *DECODING},
+    "gfx1201": {"sparse_gather", "dense_gemv", *DECODING},
 }
 BESIDE = 12
 """Values that 5:16's programs of eight tokens may keep in memory, where no loop over columns runs
@@ -32,9 +35,12 @@ BESIDE = 12
 
 
 def is_hot(variant: Variant) -> bool:
-    """Whether it multiplies by 5:16 or dense int4 with wide groups, prepares for it, or attends."""
+    """Whether it multiplies by 5:16 or dense int4 with wide groups, prepares for it, or attends.
+
+    Or decodes lossless codes.
+    """
     kept, bits, group = (variant.constants.get(key) for key in ("KEPT", "BITS", "GROUP"))
-    if variant.kernel.name in ("token_pairs", "interleave", "arrange", "prefill_wide"):
+    if variant.kernel.name in ("token_pairs", "interleave", "arrange", "prefill_wide", *DECODING):
         return True
     if variant.kernel.name == "dense_gemv":
         return bits == 4
