@@ -27,7 +27,7 @@ SETTINGS = (
     Setting("int16p", "dense-int4-g128", 16, 2.8, prefill=(384, 448, 512, 1024, 2048)),
     Setting("int8", "dense-int4-g128", 8, 0.8, decode=(1, 8, 32)),
     Setting("int16long", "dense-int4-g128", 16, 10.0, prefill=(4096, 8192)),
-    Setting("bf24", None, 24, 0.6, decode=(1, 8, 32)),
+    Setting("bf24", None, 24, 1.0, decode=(1, 8, 32)),
     Setting("bf16", None, 16, 0.6, decode=(1, 8, 32)),
     Setting("bf8", None, 8, 0.3, decode=(1,)),
 )

@@ -149,7 +149,8 @@ def test_layers_that_all_stay_are_decoded(name: str, format: str | None) -> None
 
 def answers(engine: Engine) -> list[tuple[int, ...]]:
     greedy: dict[str, Any] = {"max_tokens": 24, "temperature": 0, "ignore_eos": True}
-    streams = [engine.stream([5 + n] * (30 + 50 * n), **greedy) for n in range(4)]
+    # One after the other: what else is in a step decides which kernel multiplies.
+    streams = (engine.stream([5 + n] * (30 + 50 * n), **greedy) for n in range(4))
     return [tuple(stream.result().token_ids) for stream in streams]
 
 
@@ -174,7 +175,7 @@ def test_an_engine_keeps_to_its_budget(name: str, weight_bits: int | None, coded
         assert resident.load.stream is None
     del resident
     torch.cuda.empty_cache()
-    budget = least_budget(MODELS / name, few, weight_bits) * 1.02
+    budget = least_budget(MODELS / name, few, weight_bits) * 1.006  # three digits are told
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     knobs = Knobs(weight_bits=weight_bits, memory_budget=budget, prefetch=1)
