@@ -8,6 +8,7 @@ filling comes first. What it gave up: a choice of NUMA node; pages lie where the
 
 import mmap
 import resource
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -67,6 +68,14 @@ class HostBlock:
             torch.cuda.cudart().cudaHostUnregister(self.memory.data_ptr())
             self._locked = False
         self.memory = torch.empty(0, dtype=torch.uint8)
+
+
+def release(blocks: Iterable[HostBlock], device: torch.device) -> None:
+    """Close blocks, once nothing on the device copies from them any more."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    for block in blocks:
+        block.close()
 
 
 def refusal(size: int, reason: str, use: str = STREAMED, remedy: str = FEWER) -> str:

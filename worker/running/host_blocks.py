@@ -23,7 +23,7 @@ from ...kernels.errors import KernelInputError
 from ...kernels.residence.fetch import Fetcher
 from ..errors import ConfigError
 from ..memory.device import host_memory
-from ..memory.host import HostBlock
+from ..memory.host import HostBlock, release
 from ..memory.plan import gib
 from ..model.config import CacheGroup
 from ..scheduling.sizing import HOST_BUFFER, LANES
@@ -90,10 +90,7 @@ class HostBlocks:
 
     def close(self) -> None:
         """Unlock and release the host's memory."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        for tier in self._tiers:
-            tier.memory.close()
+        release((tier.memory for tier in self._tiers), self._device)
         self._tiers.clear()
 
     def _restore(self, moves: Sequence[Moves]) -> None:

@@ -28,7 +28,7 @@ from ....kernels.residence.table import POISON, SlotTable
 from ...model.decoder import Decoder
 from ...model.layers import Experts, FeedForward
 from ...model.packed import PackedExperts, large_tensors
-from ..host import HostBlock
+from ..host import HostBlock, release
 from ..stalls import StallClock
 from .module import SlottedExperts, SlottedPackedExperts
 from .slots import ExpertSlots
@@ -195,10 +195,7 @@ class ExpertCache:
 
     def close(self) -> None:
         """Unlock and release the host's memory; the decoder must not run any more."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        for block in self._blocks:
-            block.close()
+        release(self._blocks, self._device)
         self._blocks.clear()
 
     def _slotted(self, own: Experts, place: int) -> SlottedExperts:

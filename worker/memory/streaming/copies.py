@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..host import HostBlock
+from ..host import HostBlock, release
 from ..residency import Residency
 from ..stalls import StallClock
 from ..timeline import Lane
@@ -172,10 +172,7 @@ class Copies:
 
     def close(self) -> None:
         """Unlock and release the host's memory; nobody may ask for a block any more."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        for block in self._blocks:
-            block.close()
+        release(self._blocks, self._device)
         self._blocks.clear()
 
     def _fill(self, position: int) -> None:
