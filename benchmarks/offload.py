@@ -6,9 +6,9 @@ with all layers resident, and copying alone, at the rate measured. Decoding is o
 token of each sequence; prompts are sequences of 64 tokens, run eagerly. Attention sees only the
 tokens of the step: no cache is read, but memory is set aside for one.
 
-Where layers have a shorter code, tokens are decoded with that, as engines do; `--plain` runs the
-same without it too. Prompts are read plain: at the point where computing takes as long as copying,
-what prefetch gains is about copies alone.
+Where layers have a shorter code, they run with that, as engines do; `--plain` runs the same without
+it too. What prefetch gains, where computing takes as long as copying, is about copies alone: there
+layers are plain, with prefetch and on demand.
 
 Run it as `python -m benchmarks.offload` on a machine with one NVIDIA card; `--rows` chooses.
 """
@@ -165,12 +165,10 @@ def under(
 
 def ways_of(storage: Storage, setting: Setting, plain: bool) -> tuple[str, ...]:
     """How layers come: each copied as it is, in a shorter code, or not before it is needed."""
+    coded = ("coded",) if any(each.coded < each.block for each in storage.layers) else ()
     if setting.name in BALANCE:
         return "prefetch", "on demand"
-    shorter = any(layer.coded < layer.block for layer in storage.layers)
-    if not (setting.decode and shorter):
-        return ("prefetch",)
-    return ("coded", "prefetch") if plain else ("coded",)
+    return (*coded, "prefetch") if plain or not coded else coded
 
 
 def residency_of(storage: Storage, setting: Setting, way: str, dry: bool) -> Residency:

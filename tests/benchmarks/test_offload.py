@@ -29,6 +29,11 @@ def test_tokens_are_decoded_from_codes() -> None:
     assert offload.ours(rows) == rows[:2] and offload.ours(rows[2:]) == rows[2:]
 
 
+def test_prompts_run_from_codes() -> None:
+    rows = offload.measure(["sparse8c"], dry=True)["rows"]
+    assert {row["way"] for row in rows} == {"coded"} and all(row["same"] for row in rows)
+
+
 @pytest.mark.parametrize("fault", [{"same": False}, {"peak_gib": 8.1}])
 def test_rows_at_fault_give_no_figures(
     fault: dict[str, object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
