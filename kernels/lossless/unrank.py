@@ -115,7 +115,7 @@ def variants() -> Iterator[Variant]:
         yield Variant(_kernel, types, _constants(kept, valued), _WARPS, 1)
 
 
-def table(kept: int, device: torch.device) -> Tensor:
+def _table(kept: int, device: torch.device) -> Tensor:
     """`ranks.nibbles` on a device; the first call copies it there, which no CUDA graph may hold."""
     if (kept, device) not in _tables:
         _tables[kept, device] = ranks.nibbles(kept).to(device)
@@ -126,7 +126,7 @@ def unrank(code: RankCode, coded: Tensor, out: Tensor) -> None:
     """As `ranks.decode`; both tensors on a card, at multiples of 16 bytes."""
     _kernel.launch(
         (-(-code.groups // _GROUPS),),
-        *(out, coded, table(code.kept, out.device), code.groups),
+        *(out, coded, _table(code.kept, out.device), code.groups),
         constants=_constants(code.kept, code.valued),
         warps=_WARPS,
         stages=1,
