@@ -127,8 +127,7 @@ def test_a_card_decides_as_plain_python(monkeypatch: pytest.MonkeyPatch) -> None
 
 def answers(engine: Engine) -> list[tuple[int, ...]]:
     greedy: dict[str, Any] = {"max_tokens": 24, "temperature": 0, "ignore_eos": True}
-    # One after the other: what else is in a step decides which kernel multiplies.
-    streams = (engine.stream([5 + n] * (30 + 50 * n), **greedy) for n in range(4))
+    streams = [engine.stream([5 + n] * (30 + 50 * n), **greedy) for n in range(4)]
     return [tuple(stream.result().token_ids) for stream in streams]
 
 

@@ -151,7 +151,10 @@ def answers(engine: Engine) -> list[tuple[int, ...]]:
     greedy: dict[str, Any] = {"max_tokens": 24, "temperature": 0, "ignore_eos": True}
     # One after the other: what else is in a step decides which kernel multiplies.
     streams = (engine.stream([5 + n] * (30 + 50 * n), **greedy) for n in range(4))
-    return [tuple(stream.result().token_ids) for stream in streams]
+    alone = [tuple(stream.result().token_ids) for stream in streams]
+    together = [engine.stream([5 + n] * (30 + 50 * n), **greedy) for n in range(4)]
+    assert all(len(stream.result().token_ids) == 24 for stream in together)
+    return alone
 
 
 @pytest.mark.parametrize(
