@@ -190,6 +190,7 @@ def compress_command(
         float, typer.Option(help="All is trained by then, in fewer steps.")
     ] = math.inf,
     looks: Annotated[int, typer.Option(help="Looks at the validation text.")] = 20,
+    optimizer: Annotated[str, typer.Option(help="Or muon.")] = "adamw",
     teacher: Annotated[
         list[Path] | None, typer.Option(help="Folder of one more trained checkpoint to learn from.")
     ] = None,
@@ -214,6 +215,7 @@ def compress_command(
         gradual=gradual,
         remap=remap,
         looks=looks,
+        optimizer=optimizer,
     )
     recover(one_shot, original, target, splits, schedule, device, say, teachers, until)
     write_evaluation(target, compressed_evaluation(one_shot, original, target, held_out, device))

@@ -13,6 +13,7 @@ from conclave.worker.compress.quality.report import stored_weights, totals
 
 Figures = dict[str, dict[str, float]]
 """By language, and `overall`."""
+_OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon (AdamW for stacked experts and what is not packed)"}
 
 
 def comparison_table(own: Figures, one_shot: Figures, original: Figures) -> str:
@@ -54,7 +55,8 @@ def recovery_section(folder: Path, evaluation: dict[str, Any]) -> str:
         f"- Device: one {evaluation['device']}",
         f"- Taught by {', '.join(recovery['teachers'])} on {rows:,} rows of {length:,} tokens",
         f"- {last:,} steps of {schedule['sequences'] * length:,} tokens",
-        f"- AdamW, learning rate {schedule['learning_rate']:g}, falling to zero; weight decay "
+        f"- {_OPTIMIZERS[schedule.get('optimizer', 'adamw')]}, learning rate "
+        f"{schedule['learning_rate']:g}, falling to zero; weight decay "
         f"{schedule['weight_decay']:g}; {schedule['text_share']:g} of the loss is the text; maps "
         f"learned for {schedule['remap']:g} of the run",
         "",

@@ -66,6 +66,9 @@ def recover(
         int, typer.Option(help="looks without a better one before it ends")
     ] = _DEFAULT.patience,
     seed: Annotated[int, typer.Option(help="of the order of sequences")] = _DEFAULT.seed,
+    optimizer: Annotated[
+        str, typer.Option(help="adamw, or muon for the matrices that are stored packed")
+    ] = _DEFAULT.optimizer,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda:0, ...")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="the looks as JSON")] = False,
 ) -> None:
@@ -74,7 +77,7 @@ def recover(
     with errors_told():
         schedule = Schedule(
             *(steps, sequences, at_once, learning_rate, text_share, weight_decay, gradual, remap),
-            *(looks, patience, seed),
+            *(looks, patience, seed, optimizer),
         )
         source = compressed, target, original, text, held_out
         where, others = device_of(device), teacher or ()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ....kernels.formats import SPAN
 from ...errors import ConfigError
 
+OPTIMIZERS = ("adamw", "muon")
 _BETWEEN = 20
 """Steps from one choice of survivors to the next."""
 
@@ -39,6 +40,8 @@ class Schedule:
     """Looks without a better one after which training ends, once sparsity has risen."""
     seed: int = 0
     """Of the order of the sequences."""
+    optimizer: str = OPTIMIZERS[0]
+    """One of `OPTIMIZERS`; see `optimizers`."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "sequences", "at_once", "looks", "patience"):
@@ -47,6 +50,10 @@ class Schedule:
         for name in ("text_share", "gradual", "remap"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
+        if self.optimizer not in OPTIMIZERS:
+            raise ConfigError(
+                f"optimizer is {self.optimizer!r}; choose one of {', '.join(OPTIMIZERS)}"
+            )
         if not 0 < self.learning_rate < math.inf:
             raise ConfigError(f"learning_rate is {self.learning_rate}; it must be above 0")
         if not 0 <= self.learning_rate * self.weight_decay < 1:

@@ -17,13 +17,14 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ....kernels.formats import PackedWeight
 from ...errors import CheckpointError, ConfigError
 from ...model.decoder import Decoder
 from .lessons import Lessons, autocast
 from .loss import losses
+from .optimizers import optimizers_of, set_rate, step
 from .schedule import Schedule
 from .trained import Stored, train_packed, trained_values
 
@@ -89,18 +90,10 @@ class Recovery:
                 trained_values(student, name).data.copy_(originals[name])
         student.train().requires_grad_(True)
         self._growths = [own.growth for own in self._stored.values() if own.growth is not None]
-        fixed = {id(own) for own in self._growths}
-        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-        for own in student.parameters():
-            groups[own.ndim > 1 and id(own) not in fixed].append(own)
-        self._optimizer = torch.optim.AdamW(
-            [
-                {"params": groups[True], "weight_decay": schedule.weight_decay},
-                {"params": groups[False], "weight_decay": 0.0},
-            ],
-            lr=0.0,
-            betas=(0.9, 0.95),
-            fused=student.embedding.weight.is_cuda,
+        matrices = [trained_values(student, name) for name in packed]
+        self._optimizers = optimizers_of(
+            *(student, matrices, self._growths, schedule.weight_decay),
+            muon=schedule.optimizer == "muon",
         )
         self._best_values = self._values()
         self._step, self._done = 0, 0.0
@@ -172,14 +165,13 @@ class Recovery:
             torch.compiler.reset()
         else:
             self._losses = compiled
-        self._optimizer.zero_grad(set_to_none=True)
+        self.student.zero_grad(set_to_none=True)
 
     def _learn(self, lessons: Lessons, chosen: Tensor) -> Tensor:
         """One step of the optimizer; divergence and loss before it, [2]."""
         self._set_kept(self._done)
         rate = self.schedule.rate(self._step, self._done)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self._optimizers, rate)
         found = torch.zeros(2, device=self.student.embedding.weight.device)
         for part in chosen.split(self.schedule.at_once):
             share = len(part) / len(chosen)
@@ -190,8 +182,7 @@ class Recovery:
             ((1 - text) * divergence + text * loss).backward()
             found += own.detach()
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        step(self._optimizers)
         if self.schedule.weight_decay and self._growths:  # scales decay as what they are scales of
             lost = math.log1p(-rate * self.schedule.weight_decay)
             torch._foreach_add_([own.data for own in self._growths], lost)
@@ -263,7 +254,7 @@ class Recovery:
             "step": self._step,
             "done": self._done,
             "values": self._values(),
-            "optimizer": self._optimizer.state_dict(),
+            "optimizers": [own.state_dict() for own in self._optimizers],
             "looks": [asdict(look) for look in self.looks],
             "best": self.looks.index(self.best) if self.best else None,
             "best_values": self._best_values,
@@ -293,7 +284,8 @@ class Recovery:
         self.best = None if state["best"] is None else self.looks[state["best"]]
         self._best_values = state["best_values"]
         self._restore(state["values"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        for own, saved in zip(self._optimizers, state["optimizers"], strict=True):
+            own.load_state_dict(saved)
         if self._done >= self.schedule.remap:
             self._fix_maps()
 

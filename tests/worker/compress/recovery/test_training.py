@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,9 @@ from conclave.worker.compress.reader import load_compressed, read_weights
 from conclave.worker.compress.recipe import Recipe
 from conclave.worker.compress.recovery.lessons import Lessons
 from conclave.worker.compress.recovery.loss import hidden_states, losses
+from conclave.worker.compress.recovery.optimizers import optimizers_of
 from conclave.worker.compress.recovery.recover import recover_checkpoint
-from conclave.worker.compress.recovery.schedule import Schedule
+from conclave.worker.compress.recovery.schedule import OPTIMIZERS, Schedule
 from conclave.worker.compress.recovery.training import Look
 from conclave.worker.errors import CheckpointError, ConfigError
 from conclave.worker.model.config import ModelConfig
@@ -68,12 +70,19 @@ def contents(folder: Path) -> dict[str, object]:
     return found
 
 
-@pytest.mark.parametrize("variant", ["1", "3", "7", "8"])
+@pytest.mark.parametrize(
+    ("variant", "optimizer"),
+    # Muon multiplies in bfloat16, which takes a CPU a minute for the others.
+    [*((variant, "adamw") for variant in ("1", "3", "7", "8")), ("1", "muon")],
+)
 def test_it_comes_nearer_with_the_same_maps(
-    variant: str, tiny_checkpoint: Checkpoint, tmp_path: Path
+    variant: str, optimizer: str, tiny_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     pair = made_of(tiny_checkpoint(variant), tmp_path)
-    schedule = Schedule(steps=12, sequences=8, at_once=4, learning_rate=3e-3, looks=4)
+    rate = 3e-3 if optimizer == "adamw" else 0.01
+    schedule = Schedule(
+        steps=12, sequences=8, at_once=4, learning_rate=rate, looks=4, optimizer=optimizer
+    )
     looks = recover(pair, tmp_path / "recovered", schedule)
     assert [look.step for look in looks] == [3, 6, 9, 12]
     assert looks[-1].training_divergence < 0.85 * looks[0].training_divergence
@@ -89,12 +98,18 @@ def test_it_comes_nearer_with_the_same_maps(
     assert load_compressed(tmp_path / "recovered", config, CPU, torch.float32)
 
 
-@pytest.mark.parametrize("remap", [0.0, 0.7])
+@pytest.mark.parametrize(("remap", "optimizer"), [(0.0, "adamw"), (0.7, "adamw"), (0.7, "muon")])
 def test_killed_it_goes_on_to_the_same_bytes(
-    remap: float, pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    remap: float,
+    optimizer: str,
+    pair: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("conclave.worker.compress.recovery.schedule._BETWEEN", 2)
-    schedule = Schedule(steps=9, sequences=8, at_once=8, gradual=0.3, remap=remap, looks=3)
+    schedule = Schedule(
+        steps=9, sequences=8, at_once=8, gradual=0.3, remap=remap, looks=3, optimizer=optimizer
+    )
     recover(pair, tmp_path / "whole", schedule)
 
     def killed(step: int, done: float, look: Look | None) -> None:
@@ -151,12 +166,39 @@ def test_maps_are_learned_for_a_time(
     assert divergence.item() == pytest.approx(best, rel=1e-4)
 
 
-def test_weights_decay_with_their_scales(pair: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("muon", [False, True])
+def test_each_parameter_has_one_optimizer(muon: bool) -> None:
+    student = torch.nn.ParameterDict(
+        {
+            **{"matrix": torch.ones(8, 8), "stack": torch.ones(2, 8, 8)},
+            **{"scales": torch.ones(8, 2), "table": torch.ones(9, 8), "norm": torch.ones(8)},
+        }
+    )
+    packed, scales = [student["matrix"], student["stack"]], [student["scales"]]
+    found = optimizers_of(student, packed, scales, 0.5, muon)
+    names = {id(own): name for name, own in student.items()}
+    decays = {
+        (type(own).__name__, group["weight_decay"]): sorted(names[id(p)] for p in group["params"])
+        for own in found
+        for group in own.param_groups
+    }
+    plain = ["stack", "table"]
+    assert decays == {
+        ("AdamW", 0.0): ["norm", "scales"],
+        ("AdamW", 0.5): plain if muon else ["matrix", *plain],
+        **({("Muon", 0.5): ["matrix"]} if muon else {}),
+    }
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_weights_decay_with_their_scales(
+    optimizer: str, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
     """A step of nothing but decay takes the same share of all: the codes stay."""
     rate, decay = 1e-4, 500.0
-    schedule = Schedule(steps=1, sequences=8, at_once=8, learning_rate=rate, weight_decay=decay)
-    recover(pair, tmp_path / "decayed", schedule)
-    recover(pair, tmp_path / "plain", Schedule(steps=1, sequences=8, at_once=8, learning_rate=rate))
+    plainly = Schedule(steps=1, sequences=8, at_once=8, learning_rate=rate, optimizer=optimizer)
+    recover(pair, tmp_path / "decayed", replace(plainly, weight_decay=decay))
+    recover(pair, tmp_path / "plain", plainly)
     decayed, plain = contents(tmp_path / "decayed"), contents(tmp_path / "plain")
     for name, weight in plain.items():
         own = decayed[name]
@@ -299,6 +341,8 @@ def test_what_cannot_be(pair: tuple[Path, Path], tmp_path: Path) -> None:
         recover(pair, tmp_path / "a", Schedule(sequences=64))
     with pytest.raises(ConfigError, match="steps is 0"):
         Schedule(steps=0)
+    with pytest.raises(ConfigError, match="adamw, muon"):
+        Schedule(optimizer="sgd")
     with pytest.raises(ConfigError, match="weight_decay is -1"):
         Schedule(weight_decay=-1.0)
     for name in ("gradual", "remap"):
