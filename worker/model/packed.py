@@ -46,16 +46,28 @@ class PackedEmbedding(nn.Module):
         return linear(hidden, self.weight)
 
 
+class PackedGate(nn.Module):
+    """gelu(gate) * up of x weight^T, [..., K] to [..., R / 2]; rows of gate and up alternate."""
+
+    def __init__(self, weight: PackedWeight) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return gated_linear(hidden, self.weight)
+
+
 class PackedMLP(nn.Module):
-    """As `MLP`, but rows of gate and up alternate in `gate_up`."""
+    """As `MLP`."""
 
     def __init__(self, gate_up: PackedWeight, down: PackedWeight) -> None:
         super().__init__()
-        self.gate_up = gate_up
-        self.down = down
+        self.gate_up = PackedGate(gate_up)
+        self.down = PackedLinear(down)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return linear(gated_linear(hidden, self.gate_up), self.down)
+        output: Tensor = self.down(self.gate_up(hidden))
+        return output
 
 
 class PackedExperts(Experts):
@@ -136,10 +148,8 @@ def large_fields(layer: nn.Module) -> Iterator[tuple[str, Format | None, Tensor]
 def _large_weights(layer: nn.Module) -> Iterator[Tensor | PackedWeight]:
     for module in layer.modules():
         match module:
-            case PackedLinear():
+            case PackedLinear() | PackedGate():
                 yield module.weight
-            case PackedMLP():
-                yield from (module.gate_up, module.down)
             case PackedExperts():
                 yield from module.packed
             case Experts():
