@@ -177,7 +177,8 @@ def residency_of(storage: Storage, setting: Setting, way: str, dry: bool) -> Res
     fixed = storage.rest + int((CONTEXT + CACHE + setting.scratch) * GIB)
     budget = sum(blocks) // 2 if dry else int(setting.gib * GIB) - fixed
     if way == "coded":
-        found = choose_coded(blocks, [layer.coded for layer in storage.layers], budget, AHEAD)
+        coded = [layer.coded for layer in storage.layers]
+        found = choose_coded(blocks, coded, storage.largest_module, budget, AHEAD)
     else:
         found = choose(blocks, budget, 0 if way == "on demand" else AHEAD)
     assert found is not None, f"{setting.name} does not fit"

@@ -55,8 +55,8 @@ def streamed(
     codes = [layer.coded for layer in storage.layers]
     if coded:
         low, high = least(codes, max(0, ahead - 1)), sum(codes) - 1
-        room = max(blocks) + low + int(share * (high - low))
-        residency = choose_coded(blocks, codes, room, ahead)
+        room = storage.largest_module + low + int(share * (high - low))
+        residency = choose_coded(blocks, codes, storage.largest_module, room, ahead)
     else:
         low = least(blocks, ahead)
         residency = choose(blocks, low + int(share * (sum(blocks) - 1 - low)), ahead)
@@ -135,9 +135,11 @@ def test_layers_that_all_stay_are_decoded(name: str, format: str | None) -> None
     resident = source.decoder()
     wanted = [logits_of(resident, some_tokens(BATCH, seed), 1) for seed in range(STEPS)]
     blank = blank_decoder(source.config)
-    layers = storage_of(blank, source.formats(), torch.bfloat16, packed=True).layers
-    blocks, codes = [each.block for each in layers], [each.coded for each in layers]
-    residency = choose_coded(blocks, codes, max(blocks) + sum(codes), 2)
+    storage = storage_of(blank, source.formats(), torch.bfloat16, packed=True)
+    blocks = [layer.block for layer in storage.layers]
+    codes = [layer.coded for layer in storage.layers]
+    working = storage.largest_module
+    residency = choose_coded(blocks, codes, working, working + sum(codes), 2)
     assert residency is not None and not residency.streamed
     stream = stream_of(residency, torch.device("cuda"), prefetch=True, poison=True)
     decoder = source.decoder(stream)

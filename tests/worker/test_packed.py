@@ -8,11 +8,20 @@ import pytest
 import torch
 
 from conclave.kernels.formats import Format
+from conclave.kernels.layouts import pack
 from conclave.worker import Engine
 from conclave.worker.errors import ConfigError
 from conclave.worker.model.config import ModelConfig
 from conclave.worker.model.decoder import Decoder, DenseAttention
-from conclave.worker.model.packed import pack_decoder, round_decoder
+from conclave.worker.model.packed import (
+    large_modules,
+    pack_decoder,
+    packable,
+    packed_order,
+    put_packed,
+    round_decoder,
+)
+from conclave.worker.model.storage import aligned, storage_of
 from conclave.worker.weights import load_decoder
 
 SMALL: dict[str, Any] = {"max_context": 96, "kv_tokens": 4096, "block_size": 4, "threads": 1}
@@ -48,6 +57,38 @@ def test_packed_is_what_it_is_rounded_to(
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     off = (expected - logits_of(plain)).norm() / expected.norm()
     assert 1e-4 < off < (0.1 if text.startswith("dense") else 2.0)
+
+
+@pytest.mark.parametrize(
+    ("variant", "text", "share"),
+    [
+        ("1", "dense-int4-g32", 0),
+        ("1", "dense-int4-g32", 1),
+        ("4", "5:16-int4-g32", 1),
+        ("5", "5:16-int4-g32", 2),  # every second module, so that layers are mixed
+        ("6", "8:16-int8-g32", 0),
+        ("6-wide", "8:16-int8-g32", 1),
+        ("6-wide", "8:16-int8-g32", 2),
+    ],
+)
+def test_modules_take_what_is_told_before(
+    variant: str, text: str, share: int, tiny_checkpoint: Checkpoint
+) -> None:
+    decoder, format = decoder_of(tiny_checkpoint(variant)), Format.parse(text)
+    chosen = [*packable(decoder).items()][::share] if share else []
+    formats = {name: format for _, names in chosen for name in names}
+    told = storage_of(decoder, formats, torch.float32, packed=True)
+    for module, names in chosen:
+        plain = [packed_order(name, decoder.get_parameter(name).detach()) for name in names]
+        put_packed(decoder, module, [pack(each, format) for each in plain], torch.float32)
+    for layer, stored in zip(decoder.layers, told.layers, strict=True):
+        sizes = [
+            sum(aligned(tensor.nbytes) for *_, tensor in fields)
+            for _, fields in large_modules(layer)
+        ]
+        assert sorted(sizes) == sorted(stored.modules) and sum(sizes) == stored.block
+        assert len(sizes) == (5 if stored.experts else 4) and max(sizes) <= told.largest_module
+    assert told.largest_module == max(max(layer.modules) for layer in told.layers)
 
 
 def test_the_engine_packs_on_loading(tiny_checkpoint: Checkpoint) -> None:

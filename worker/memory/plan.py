@@ -119,7 +119,8 @@ def _whole(storage: Storage, room: int, ahead: int, config: EngineConfig) -> Res
     """Whole layers in so many bytes."""
     blocks = [layer.block for layer in storage.layers]
     if config.stream_coded:
-        return choose_cheaper(blocks, [layer.coded for layer in storage.layers], room, ahead)
+        coded = [layer.coded for layer in storage.layers]
+        return choose_cheaper(blocks, coded, storage.largest_module, room, ahead)
     return choose(blocks, room, ahead)
 
 
@@ -127,7 +128,7 @@ def _least(storage: Storage, ahead: int, config: EngineConfig) -> int:
     """The fewest bytes that `_place` can do with."""
     blocks = [layer.block for layer in storage.layers]
     coded = [layer.coded for layer in storage.layers] if config.stream_coded else blocks
-    found = [least_of_either(blocks, coded, ahead)]
+    found = [least_of_either(blocks, coded, storage.largest_module, ahead)]
     if config.stream_experts and (slots := fewest_slots(storage.layers)):
         found.append(sum(_beside_experts(storage)) + slots.bytes)
     return min(found)

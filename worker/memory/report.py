@@ -96,7 +96,7 @@ def _memory(plan: Plan) -> Table:
         (f"{own.slots} slots for {len(own.streamed)} layers", own.slots * own.slot_bytes)
         if slots is None
         else (f"{slots.slots} slots for {slots.share:.0%} of the experts", slots.bytes),
-        *([("a slot that layers are decoded into", own.working)] if own.working else []),
+        *([("a slot that modules are decoded into", own.working)] if own.working else []),
         ("the worst step", plan.step),
         ("keys and values", plan.cache),
     ]

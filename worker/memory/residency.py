@@ -5,9 +5,9 @@ matters is that each copy has computing to hide behind, so they are spread evenl
 Pinning a set and streaming the rest is within one layer of what knowing the future would bring; an
 LRU cache would hit nothing (research: Belady on a cyclic scan).
 
-Layers may be kept in a shorter code, those that stay too: then each is decoded into one working
-slot just before it runs. All of them or none, so that one slot is enough. What it gave up: parts of
-layers; for single experts see `experts/`.
+Layers may be kept in a shorter code, those that stay too: then each of their modules is decoded
+into one working slot just before it runs. All layers or none, so that one slot is enough. What it
+gave up: parts of layers; for single experts see `experts/`.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ class Residency:
     """Layers that come from the host at every step, ascending."""
     slots: int = 0
     working: int = 0
-    """Bytes of the slot that layers are decoded into and run from; 0 if they are kept plain."""
+    """Bytes of the slot that modules are decoded into and run from; 0 if layers are kept plain."""
 
     @property
     def slot_bytes(self) -> int:
@@ -77,30 +77,30 @@ def choose(blocks: Sequence[int], room: int, ahead: int) -> Residency | None:
 
 
 def choose_coded(
-    blocks: Sequence[int], coded: Sequence[int], room: int, ahead: int
+    blocks: Sequence[int], coded: Sequence[int], working: int, room: int, ahead: int
 ) -> Residency | None:
     """The same of layers that are kept coded; None as well if no code makes them shorter.
 
-    A layer that runs is in the working slot, so only those on their way need slots.
+    There is one slot fewer: that of a layer that runs is free again before its last module runs.
 
     Args:
         blocks: bytes of each layer.
         coded: the same of its code.
+        working: bytes of the largest module, which runs from the working slot.
         room: bytes for layers and slots, the working one too.
         ahead: as for `choose`.
     """
     if sum(coded) >= sum(blocks):
         return None
-    working = max(blocks)
     found = choose(coded, room - working, max(0, ahead - 1))
     return None if found is None else replace(found, working=working)
 
 
 def choose_cheaper(
-    blocks: Sequence[int], coded: Sequence[int], room: int, ahead: int
+    blocks: Sequence[int], coded: Sequence[int], working: int, room: int, ahead: int
 ) -> Residency | None:
     """Plain layers or coded ones, whichever a step of one token needs less time for."""
-    either = choose(blocks, room, ahead), choose_coded(blocks, coded, room, ahead)
+    either = choose(blocks, room, ahead), choose_coded(blocks, coded, working, room, ahead)
     fitting = [each for each in either if each is not None]
     return min(fitting, key=lambda each: _cost(each, sum(blocks), ahead), default=None)
 
@@ -110,12 +110,12 @@ def least(blocks: Sequence[int], ahead: int) -> int:
     return min(each.bytes for each in _candidates(tuple(blocks), ahead))
 
 
-def least_of_either(blocks: Sequence[int], coded: Sequence[int], ahead: int) -> int:
+def least_of_either(blocks: Sequence[int], coded: Sequence[int], working: int, ahead: int) -> int:
     """The fewest bytes that `choose_cheaper` can do with."""
     plain = least(blocks, ahead)
     if sum(coded) >= sum(blocks):
         return plain
-    return min(plain, max(blocks) + least(coded, max(0, ahead - 1)))
+    return min(plain, working + least(coded, max(0, ahead - 1)))
 
 
 def _cost(residency: Residency, read: int, ahead: int) -> int:

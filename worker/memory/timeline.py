@@ -2,7 +2,8 @@
 
 A step of the steady state, in which the copies for its first layers ran during the step before.
 Copies follow each other on the link in the order in which slots become free. What it gave up: that
-copies and kernels share the device's memory, and time between two kernels.
+copies and kernels share the device's memory; time between two kernels; that a layer is decoded
+module by module, so that its slot is free only shortly before it has run.
 
 `chrome_trace` is the Trace Event Format, which Perfetto and chrome://tracing show.
 """

@@ -46,16 +46,28 @@ class PackedEmbedding(nn.Module):
         return linear(hidden, self.weight)
 
 
+class PackedGate(nn.Module):
+    """gelu(gate) * up of x weight^T, [..., K] to [..., R / 2]; rows of gate and up alternate."""
+
+    def __init__(self, weight: PackedWeight) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return gated_linear(hidden, self.weight)
+
+
 class PackedMLP(nn.Module):
-    """As `MLP`, but rows of gate and up alternate in `gate_up`."""
+    """As `MLP`."""
 
     def __init__(self, gate_up: PackedWeight, down: PackedWeight) -> None:
         super().__init__()
-        self.gate_up = gate_up
-        self.down = down
+        self.gate_up = PackedGate(gate_up)
+        self.down = PackedLinear(down)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return linear(gated_linear(hidden, self.gate_up), self.down)
+        output: Tensor = self.down(self.gate_up(hidden))
+        return output
 
 
 class PackedExperts(Experts):
@@ -118,34 +130,41 @@ PLAIN = "plain"
 """The field of a plain weight's only tensor, where those of packed ones are told apart."""
 
 
+Field = tuple[str, Format | None, Tensor]
+"""A tensor, its name in `PackedWeight.tensors` or `PLAIN`, and its weight's format."""
+
+
 def large_tensors(layer: nn.Module) -> Iterator[Tensor]:
     """What holds a layer's large weights, plain or packed: those of attention, MLP and experts."""
-    return (tensor for *_, tensor in large_fields(layer))
+    return (tensor for _, fields in large_modules(layer) for *_, tensor in fields)
 
 
-def large_fields(layer: nn.Module) -> Iterator[tuple[str, Format | None, Tensor]]:
-    """The same, each with its field and its format."""
-    for weight in _large_weights(layer):
-        if isinstance(weight, Tensor):
-            yield PLAIN, None, weight
-        else:
-            for field, tensor in weight.tensors().items():
-                yield field, weight.format, tensor
+def large_modules(layer: nn.Module) -> Iterator[tuple[nn.Module, list[Field]]]:
+    """The same by the modules that own them; nothing reads them but the module's own forward."""
+    for module, weights in _large_weights(layer):
+        yield module, [field for weight in weights for field in _fields(weight)]
 
 
-def _large_weights(layer: nn.Module) -> Iterator[Tensor | PackedWeight]:
+def _large_weights(
+    layer: nn.Module,
+) -> Iterator[tuple[nn.Module, tuple[Tensor | PackedWeight, ...]]]:
     for module in layer.modules():
         match module:
-            case PackedLinear():
-                yield module.weight
-            case PackedMLP():
-                yield from (module.gate_up, module.down)
+            case PackedLinear() | PackedGate():
+                yield module, (module.weight,)
             case PackedExperts():
-                yield from module.packed
+                yield module, module.packed
             case Experts():
-                yield from (module.gate_up, module.down)
+                yield module, (module.gate_up, module.down)
             case MLP() | SelfAttention():
-                yield from (own.weight for own in module.children() if isinstance(own, nn.Linear))
+                plain = (own for own in module.children() if isinstance(own, nn.Linear))
+                yield from ((own, (own.weight,)) for own in plain)
+
+
+def _fields(weight: Tensor | PackedWeight) -> list[Field]:
+    if isinstance(weight, Tensor):
+        return [(PLAIN, None, weight)]
+    return [(field, weight.format, tensor) for field, tensor in weight.tensors().items()]
 
 
 def tables(decoder: Decoder) -> dict[str, tuple[str, ...]]:

@@ -1,5 +1,6 @@
 """What a decoder's weights take and what is left of them, told before any memory is."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -32,6 +33,8 @@ class LayerStorage:
     """Bytes in one block of memory, each tensor aligned."""
     coded: int
     """The same where each tensor that has a shorter code is in that."""
+    modules: tuple[int, ...]
+    """Bytes of the block by the modules that own them, as `packed.large_modules` tells them."""
     expert_block: int
     """Of them those of experts."""
     weights: int
@@ -56,6 +59,11 @@ class Storage:
     """Bytes of the largest packed matrix when it is written out dense, as for long prompts, or of
     the largest part that is at once."""
     precision: Precision
+
+    @property
+    def largest_module(self) -> int:
+        """Bytes of the largest one of all layers: room for any of them to run from."""
+        return max(size for layer in self.layers for size in layer.modules)
 
 
 def storage_of(
@@ -97,12 +105,14 @@ def _layer(
     decoder: Decoder, index: int, formats: Mapping[str, Format], dtype: torch.dtype
 ) -> LayerStorage:
     block = coded = expert_block = weights = expert_weights = experts = 0
+    modules: Counter[str] = Counter()
     parts: list[tuple[tuple[int, ...], torch.dtype]] = []
     for name in (name for names in packable(decoder, index).values() for name in names):
         tensor = decoder.get_parameter(name)
         tensors = _tensors(tensor.shape, formats.get(name), dtype)
         own = sum(aligned(each.bytes) for each in tensors)
         block += own
+        modules[name.rpartition(".")[0]] += own
         coded += sum(aligned(each.coded_bytes) for each in tensors)
         if tensor.dim() == 3:
             expert_block += own
@@ -112,8 +122,8 @@ def _layer(
             parts += ((own.shape, own.dtype) for own in each)
         else:
             weights += tensor.numel()
-    sizes = block, coded, expert_block, weights, expert_weights, experts
-    return LayerStorage(*sizes, tuple(parts))
+    numbers = expert_block, weights, expert_weights, experts
+    return LayerStorage(block, coded, tuple(modules.values()), *numbers, tuple(parts))
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,11 +52,12 @@ class Streamed:
         coded: bool = False,
     ) -> None:
         config = ModelConfig.load(folder)
-        self.layers = storage(config, format, dtype).layers
-        blocks = [layer.block for layer in self.layers]
+        self.storage = storage(config, format, dtype)
+        blocks = [layer.block for layer in self.storage.layers]
         room = sum(blocks) if room is None else room
         if coded:
-            residency = choose_coded(blocks, [each.coded for each in self.layers], room, ahead)
+            codes = [layer.coded for layer in self.storage.layers]
+            residency = choose_coded(blocks, codes, self.storage.largest_module, room, ahead)
         else:
             residency = choose(blocks, room, ahead)
         assert residency is not None

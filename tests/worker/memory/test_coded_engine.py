@@ -74,8 +74,9 @@ def test_answers_are_those_of_a_model_that_fits(variant: str, tiny_checkpoint: C
 def test_layers_that_fit_once_they_are_coded_are_not_copied(tiny_checkpoint: Checkpoint) -> None:
     folder, alone = tiny_checkpoint("1"), {**HALF, "max_sequences": 1}
     with Engine(folder, knobs=Knobs(memory_budget=1), **alone) as resident:
-        wanted, layers = answers(resident), resident.model.storage.layers
-    size = max(layer.block for layer in layers) + sum(layer.coded for layer in layers)
+        wanted, storage = answers(resident), resident.model.storage
+    layers, modules = storage.layers, sum(len(layer.modules) for layer in storage.layers)
+    size = storage.largest_module + sum(layer.coded for layer in layers)
     budget = budget_of(resident, size / sum(layer.block for layer in layers)) + 1 / 2**20
     with Engine(folder, knobs=Knobs(memory_budget=budget), **alone) as engine:
         with engine.recorded() as recording:
@@ -84,7 +85,7 @@ def test_layers_that_fit_once_they_are_coded_are_not_copied(tiny_checkpoint: Che
         assert use is not None and use.coded and use.layers == 0 == use.copied_bytes
         steps = engine.load.steps
     spans = recording.timeline
-    assert not spans.of("copies") and len(spans.of("decoding")) == steps * len(layers)
+    assert not spans.of("copies") and len(spans.of("decoding")) == steps * modules
     events = chrome_trace({"": spans})["traceEvents"]
     assert {"compute", "decoding"} <= {event.get("cat") for event in events}
 
@@ -125,10 +126,12 @@ def test_pruned_weights_that_are_not_packed_are_loaded_plain(tiny_checkpoint: Ch
 def test_the_least_budget_that_is_told_is_enough(tiny_checkpoint: Checkpoint) -> None:
     folder = tiny_checkpoint("1")
     with Engine(folder, knobs=Knobs(memory_budget=1), **HALF) as resident:
-        layers = resident.model.storage.layers
-        blocks, codes = [each.block for each in layers], [each.coded for each in layers]
+        storage = resident.model.storage
+        blocks = [layer.block for layer in storage.layers]
+        codes = [layer.coded for layer in storage.layers]
     for prefetch in (0, 1, 2):
-        least = beside_layers(resident) + least_of_either(blocks, codes, prefetch)
+        layers = least_of_either(blocks, codes, storage.largest_module, prefetch)
+        least = beside_layers(resident) + layers
         knobs = Knobs(memory_budget=(least - 1) / 2**30, prefetch=prefetch)
         with pytest.raises(ConfigError, match="the least for this model"):
             Engine(folder, knobs=knobs, **HALF)

@@ -61,43 +61,50 @@ def test_a_slot_holds_the_largest_layer() -> None:
 
 def test_coded_layers_that_one_can_count() -> None:
     blocks, coded = [10] * 60, [8] * 60
-    found = choose_coded(blocks, coded, 400, 2)
-    # 10 to run from and 2 slots of 8 leave 374: 46 layers stay.
+    found = choose_coded(blocks, coded, 4, 400, 2)
+    # 4 to run from and 2 slots of 8 leave 380: 47 layers stay.
     assert found is not None and found.blocks == (8,) * 60
-    assert (len(found.streamed), found.slots, found.working) == (14, 2, 10)
-    assert (found.copied, found.stays, found.bytes) == (112, 368, 394)
+    assert (len(found.streamed), found.slots, found.working) == (13, 2, 4)
+    assert (found.copied, found.stays, found.bytes) == (104, 376, 396)
     plain = choose(blocks, 400, 2)
     assert plain is not None and plain.copied == 230
-    assert choose_cheaper(blocks, coded, 400, 2) == found
-    one = choose_coded(blocks, coded, 400, 0), choose_coded(blocks, coded, 400, 1)
+    assert choose_cheaper(blocks, coded, 4, 400, 2) == found
+    # Room for modules as large as a layer would let one layer fewer stay.
+    large = choose_coded(blocks, coded, 10, 400, 2)
+    assert large is not None and (large.working, large.copied) == (10, 112)
+    one = choose_coded(blocks, coded, 4, 400, 0), choose_coded(blocks, coded, 4, 400, 1)
     assert [each.slots for each in one if each] == [1, 1]
     # All stay once they are coded: nothing is copied.
-    whole = choose_coded(blocks, coded, 490, 2)
-    assert whole is not None and (whole.streamed, whole.slots, whole.bytes) == ((), 0, 490)
+    whole = choose_coded(blocks, coded, 4, 484, 2)
+    assert whole is not None and (whole.streamed, whole.slots, whole.bytes) == ((), 0, 484)
+    assert least_of_either(blocks, coded, 4, 2) == 4 + least(coded, 1) < least(blocks, 2)
 
 
 def test_decoding_must_be_worth_it() -> None:
     blocks, coded = [10] * 60, [8] * 60
     # Two layers are copied while 600 bytes are read: so they are as soon there as all are decoded.
-    near = choose_cheaper(blocks, coded, 590, 2)
+    near = choose_cheaper(blocks, coded, 4, 590, 2)
     assert near is not None and not near.working and near.copied == 20
     assert LINK_COST * near.copied < 600 + 480 + 600
-    few = choose_cheaper(blocks, coded, 550, 2)
+    few = choose_cheaper(blocks, coded, 4, 550, 2)
     assert few is not None and few.working and not few.streamed
-    assert choose_coded(blocks, blocks, 400, 2) is None
-    assert choose_cheaper(blocks, blocks, 400, 2) == choose(blocks, 400, 2)
+    assert choose_coded(blocks, blocks, 4, 400, 2) is None
+    assert choose_cheaper(blocks, blocks, 4, 400, 2) == choose(blocks, 400, 2)
 
 
-@given(BLOCKS, st.floats(0.5, 1), st.integers(0, 60_000), st.integers(0, 8))
-def test_either_fits_if_one_does(blocks: list[int], share: float, room: int, ahead: int) -> None:
+@given(BLOCKS, st.floats(0.5, 1), st.floats(0.2, 1), st.integers(0, 60_000), st.integers(0, 8))
+def test_either_fits_if_one_does(
+    blocks: list[int], share: float, part: float, room: int, ahead: int
+) -> None:
     coded = [max(1, int(share * block)) for block in blocks]
-    found = choose_cheaper(blocks, coded, room, ahead)
-    assert (found is None) == (room < least_of_either(blocks, coded, ahead))
+    working = max(1, int(part * max(blocks)))
+    found = choose_cheaper(blocks, coded, working, room, ahead)
+    assert (found is None) == (room < least_of_either(blocks, coded, working, ahead))
     if found is None:
         return
     assert found.bytes <= room
     assert found.blocks == tuple(coded if found.working else blocks)
-    assert found.working in (0, max(blocks))
+    assert found.working in (0, working)
     plain = choose(blocks, room, ahead)
     if ahead and plain is not None and LINK_COST * plain.copied > 3 * sum(blocks):
         assert found.copied <= plain.copied
