@@ -13,7 +13,10 @@ from conclave.worker.compress.quality.report import stored_weights, totals
 
 Figures = dict[str, dict[str, float]]
 """By language, and `overall`."""
-_OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon (AdamW for stacked experts and what is not packed)"}
+_OPTIMIZERS = {
+    "adamw": "AdamW",
+    "muon": "Muon (AdamW for stacks of experts, embeddings, norms and scales)",
+}
 
 
 def comparison_table(own: Figures, one_shot: Figures, original: Figures) -> str:

@@ -67,7 +67,7 @@ def recover(
     ] = _DEFAULT.patience,
     seed: Annotated[int, typer.Option(help="of the order of sequences")] = _DEFAULT.seed,
     optimizer: Annotated[
-        str, typer.Option(help="adamw, or muon for the matrices that are stored packed")
+        str, typer.Option(help="adamw, or muon for the layers' packed matrices")
     ] = _DEFAULT.optimizer,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda:0, ...")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="the looks as JSON")] = False,

@@ -1,9 +1,10 @@
-"""Which optimizer changes what: AdamW everything, or Muon the matrices that are stored packed.
+"""Which optimizer changes what: AdamW everything, or Muon the layers' matrices.
 
 Muon's step has about the same size in every direction of a matrix (Jordan 2024, with the sizes of
 steps of Liu et al., "Muon is scalable for LLM training", arXiv:2502.16982, so that AdamW's learning
 rate does for both). The models shipped here came nearer to their teachers by it in the same time.
-What it gave up: stacks of experts, which torch's Muon does not take and AdamW keeps.
+Embeddings, norms and scales stay AdamW's, and so do stacks of experts, which torch's Muon does not
+take.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ _BETAS = 0.9, 0.95
 
 def optimizers_of(
     student: nn.Module,
-    packed: Sequence[nn.Parameter],
+    large: Sequence[nn.Parameter],
     undecayed: Sequence[nn.Parameter],
     weight_decay: float,
     muon: bool,
@@ -25,13 +26,13 @@ def optimizers_of(
 
     Args:
         student: on the device that trains.
-        packed: its parameters that are stored packed, [R, K] or [E, R, K].
+        large: its layers' packed weights as they are trained, [R, K] or [E, R, K].
         undecayed: of the others those that never lose any weight, whatever their shape; vectors
             do not either.
         weight_decay: of all others, times the learning rate.
-        muon: whether the matrices among `packed` are Muon's.
+        muon: whether the matrices among `large` are Muon's.
     """
-    theirs = [own for own in packed if muon and own.ndim == 2]
+    theirs = [own for own in large if muon and own.ndim == 2]
     apart = {id(own) for own in theirs}
     fixed = {id(own) for own in undecayed}
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}

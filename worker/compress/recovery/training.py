@@ -90,9 +90,9 @@ class Recovery:
                 trained_values(student, name).data.copy_(originals[name])
         student.train().requires_grad_(True)
         self._growths = [own.growth for own in self._stored.values() if own.growth is not None]
-        matrices = [trained_values(student, name) for name in packed]
+        large = [trained_values(student, name) for name in packed if name.startswith("layers.")]
         self._optimizers = optimizers_of(
-            *(student, matrices, self._growths, schedule.weight_decay),
+            *(student, large, self._growths, schedule.weight_decay),
             muon=schedule.optimizer == "muon",
         )
         self._best_values = self._values()

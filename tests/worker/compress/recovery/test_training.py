@@ -174,8 +174,8 @@ def test_each_parameter_has_one_optimizer(muon: bool) -> None:
             **{"scales": torch.ones(8, 2), "table": torch.ones(9, 8), "norm": torch.ones(8)},
         }
     )
-    packed, scales = [student["matrix"], student["stack"]], [student["scales"]]
-    found = optimizers_of(student, packed, scales, 0.5, muon)
+    large, scales = [student["matrix"], student["stack"]], [student["scales"]]
+    found = optimizers_of(student, large, scales, 0.5, muon)
     names = {id(own): name for name, own in student.items()}
     decays = {
         (type(own).__name__, group["weight_decay"]): sorted(names[id(p)] for p in group["params"])
