@@ -1,9 +1,9 @@
 """How fast are weights decoded from their lossless codes?
 
 The large weights of a 31B-shaped layer, random: 5:16 int4 (ranks of positions) and bfloat16
-(exponents in three bits). What is decoded is first compared with what was encoded, byte for byte;
-then the decoding is timed as launches of a CUDA graph, each of memory of its own. Rates are of the
-bytes read and written, beside the device's copy in the same run. `--dry` compares small ones
+(exponents in levels of two bits). What is decoded is first compared with what was encoded, byte for
+byte; then the decoding is timed as launches of a CUDA graph, each of memory of its own. Rates are
+of the bytes read and written, beside the device's copy in the same run. `--dry` compares small ones
 anywhere and times nothing.
 """
 

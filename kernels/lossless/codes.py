@@ -4,8 +4,8 @@
 | ----------- | ---------------------- | ----------- | ------------------------------------ |
 | `codes`     | N:16 int4, N is 2 to 8 | `ranks`     | (4 N + B) / N of 8: 6.6 at N = 5     |
 | `positions` | N:16 int8, N:16 bf16   | `ranks`     | B / N of 4 (N even): 2.6 at N = 5    |
-| `codes`     | N:16 bf16              | `exponents` | 11.44 of 16                          |
-| `plain`     | a bfloat16 weight      | `exponents` | 11.44 of 16                          |
+| `codes`     | N:16 bf16              | `exponents` | 11.03 of 16                          |
+| `plain`     | a bfloat16 weight      | `exponents` | 11.03 of 16                          |
 
 Nothing else has a code. Sizes follow from shapes, so that memory can be planned before weights are
 read. Tensors are taken as they lie in memory, without gaps.
