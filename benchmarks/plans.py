@@ -13,7 +13,7 @@ Plan = tuple[int, ...]
 _STEPS = (2, 3, 4, 5, 6, 8, 12)
 """Steps along K of a warp."""
 _WARPS = {
-    **{("gemv_plan", 1): (1, 2, 4), ("gemv_plan", 2): (1, 4), ("gemv_plan", 4): (1,)},
+    **{("gemv_plan", 1): (1, 2, 4), ("gemv_plan", 2): (1, 2, 4), ("gemv_plan", 4): (1,)},
     **{("dense_plan", 1): (4,), ("dense_plan", 2): (4,), ("dense_plan", 4): (1,)},
 }
 """Of the kernels that come compiled."""

@@ -284,7 +284,7 @@ def _pairs(packed, factors, x, tokens, columns, PAIRS: tl.constexpr, OVERLAP: tl
 
 
 _MULTIPLES = ("columns",)
-_SHARES = ((0, 1), (0, 2), (0, 4), (1, 1), (1, 4), (2, 1))
+_SHARES = ((0, 1), (0, 2), (0, 4), (1, 1), (1, 2), (1, 4), (2, 1))
 """Pairs of tokens and warps that the bundle has."""
 _GRID = "tiles, splits, copies"
 _shuffled = Kernel(_sparse_gemv, grid=_GRID, multiples_of_16=_MULTIPLES)

@@ -118,7 +118,7 @@ def meet(
         last = tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1
         if last:
             total = tl.zeros([_TILE, TOKENS], tl.float32)
-            AT_ONCE: tl.constexpr = 8 if TOKENS == 1 else 4
+            AT_ONCE: tl.constexpr = 8 if TOKENS <= 2 else 4
             for first in range(0, splits, AT_ONCE):
                 parts = ()
                 for i in tl.static_range(AT_ONCE):
