@@ -1,8 +1,9 @@
 """Sums that are split over programs: their scratch memory, and how the programs meet.
 
-A program stores its partial sums, then counts itself; the last one to arrive adds them all up, in
-their fixed order, and sets the counter back to zero. So results do not depend on which program was
-faster, which atomic additions of floats would make them.
+A program stores its partial sums, then counts itself; the last one to arrive adds them all up (of
+many the last of each group, then the last of those), in their fixed order, and sets the counter
+back to zero. So results do not depend on which program was faster, which atomic additions of floats
+would make them.
 """
 
 import threading
@@ -21,6 +22,10 @@ PARTIALS = 9 << 20
 """float32 values of partial sums, 36 MiB for each device: two tiles of 128 rows and 256 tokens for
 each of an H100's 132 processors."""
 COUNTERS = 1 << 14
+MANY, GROUP = 16, 8
+"""If there are more splits than `MANY`, four tokens' sums are added in groups first (`meet`). Only
+with few tiles so many have room in PARTIALS: for their groups there are always counters."""
+_MANY, _GROUP = tl.constexpr(MANY), tl.constexpr(GROUP)
 _PLAIN, _ADDED, _GATED = range(3)
 """What becomes of a sum: times the scale; the residual is added before; rows 2i and 2i + 1 are a
 gate and what it lets through."""
@@ -86,6 +91,32 @@ def _finish_gated(y, total, scale, tokens, rows, TOKENS: tl.constexpr):
 
 
 @triton.jit
+def _arrived_last(counter, count):
+    """Whether of `count` programs this is the last; it sets the counter back."""
+    tl.debug_barrier()
+    last = tl.atomic_add(counter, 1, sem="acq_rel") == count - 1
+    if last:
+        tl.atomic_xchg(counter, 0, sem="relaxed")
+    return last
+
+
+@triton.jit
+def _added_up(first, count, stride, TOKENS: tl.constexpr):
+    """The sum of `count` partial sums [128, TOKENS], `stride` apart, in their order."""
+    total = tl.zeros([_TILE, TOKENS], tl.float32)
+    AT_ONCE: tl.constexpr = 8 if TOKENS <= 2 else 4
+    for begin in range(0, count, AT_ONCE):
+        parts = ()
+        for i in tl.static_range(AT_ONCE):
+            there = begin + i < count
+            part = tl.load(first + (begin + i) * stride, there, 0.0, cache_modifier=".cg")
+            parts = parts + (part,)
+        for i in tl.static_range(AT_ONCE):
+            total += parts[i]
+    return total
+
+
+@triton.jit
 def meet(
     y,
     total,
@@ -113,21 +144,27 @@ def meet(
         own = partials + copy * splits * area + tile * _TILE * TOKENS
         own += tl.arange(0, _TILE)[:, None] * TOKENS + token
         tl.store(own + tl.program_id(1) * area, total)
-        tl.debug_barrier()
+        groups = splits
         counter = counters + copy * tl.num_programs(0) + tile
-        last = tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1
-        if last:
-            total = tl.zeros([_TILE, TOKENS], tl.float32)
-            AT_ONCE: tl.constexpr = 8 if TOKENS <= 2 else 4
-            for first in range(0, splits, AT_ONCE):
-                parts = ()
-                for i in tl.static_range(AT_ONCE):
-                    there = first + i < splits
-                    part = tl.load(own + (first + i) * area, there, 0.0, cache_modifier=".cg")
-                    parts = parts + (part,)
-                for i in tl.static_range(AT_ONCE):
-                    total += parts[i]
-            tl.atomic_xchg(counter, 0, sem="relaxed")
+        stride = area
+        leads = splits > 1
+        if TOKENS == 4:
+            # A program has registers for four sums at once only, so the last one of many would
+            # wait for the memory again and again: each eight are added by the last of them.
+            if splits > _MANY:
+                groups = tl.cdiv(splits, _GROUP)
+                stride = area * _GROUP
+                group = tl.program_id(1) // _GROUP
+                counter = counters + (copy * tl.num_programs(0) + tile) * (groups + 1)
+                first = own + group * stride
+                members = tl.minimum(splits - group * _GROUP, _GROUP)
+                leads = _arrived_last(counter + 1 + group, members)
+                if leads:
+                    tl.store(first, _added_up(first, members, area, TOKENS))
+        if leads:
+            last = _arrived_last(counter, groups)
+            if last:
+                total = _added_up(own, groups, stride, TOKENS)
     if last:
         if GATED:
             _finish_gated(y, total, scale, tokens, rows, TOKENS)

@@ -9,6 +9,7 @@ from conclave.kernels.errors import KernelInputError
 from conclave.kernels.layouts import Format, PackedWeight, pack, unpack
 from conclave.kernels.sparse_gather import sparse_gather
 from conclave.kernels.sparse_gemv import sparse_gemv
+from conclave.kernels.workspace import workspace
 
 pytestmark = pytest.mark.kernel
 
@@ -77,7 +78,30 @@ def test_pairs_of_tokens_of_any_size(
         sparse_gemv(small, weight, halves, gated=True)
         exact = small.double() @ unpack(weight).double().T
         gate = torch.nn.functional.gelu(exact[:, ::2], approximate="tanh")
-        assert relative_error(halves, gate * exact[:, 1::2]) <= round_off[torch.bfloat16]
+        # Of few products one may be nearly all, and its rounding the whole error.
+        assert relative_error(halves, gate * exact[:, 1::2]) <= 1.5 * round_off[torch.bfloat16]
+
+
+@pytest.mark.parametrize("splits", [17, 24])
+def test_many_programs_for_a_tile(
+    splits: int,
+    few: Few,
+    device: torch.device,
+    round_off: dict[torch.dtype, float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of more than sixteen sums of four tokens are added in groups; counters are zero again."""
+    monkeypatch.setattr(f"{few.__module__}.gemv_plan", lambda *_: (1, splits, 0))
+    weight = weight_of("5:16-int4-g64", device, 144, 24 * 64)
+    residual = torch.randn(4, 144, device=device, dtype=torch.bfloat16)
+    x = torch.randn(4, 24 * 64, device=device, dtype=torch.bfloat16)
+    outs = [torch.full_like(residual, torch.nan) for _ in range(2)]
+    for out in outs:
+        few(x, weight, out, residual=residual)
+    expected = x.double() @ unpack(weight).double().T + residual
+    assert relative_error(outs[0], expected) <= round_off[torch.bfloat16]
+    assert torch.equal(*outs)
+    assert not workspace(device)[1].any()
 
 
 def test_residual_scale_and_wild_values(
