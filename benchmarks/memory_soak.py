@@ -100,7 +100,7 @@ def main() -> None:
 def soak(seconds: float) -> dict[str, Any]:
     """All figures."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        experts = Path(folder) / "experts"  # as shipped, its layers have experts of several kinds
+        experts = Path(folder) / "experts"  # plain weights, which run in float32 anywhere
         export_checkpoint(MODELS / "debian-moe-8m", experts, "dense")
         sources = {"layers": MODELS / "debian-8m-dense", "experts": experts}
         engines = {
