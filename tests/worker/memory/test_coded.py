@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from conclave.kernels.formats import Format
+from conclave.kernels.layouts import pack
 from conclave.kernels.lossless.codes import decode
 from conclave.worker.memory import residency as residencies
 from conclave.worker.memory.residency import choose_coded
-from conclave.worker.memory.streaming.coded import CodedStream
+from conclave.worker.memory.streaming.coded import CodedStream, _Module
 from conclave.worker.memory.streaming.copies import Copies
 from conclave.worker.model.config import ModelConfig
 from conclave.worker.model.decoder import Decoder
@@ -164,6 +165,29 @@ def test_parts_lie_at_the_same_places_for_all_layers(
             assert size <= len(memory) == residency.slot_parts[part]
             assert memory.data_ptr() == begin
             begin += len(memory)
+
+
+@pytest.mark.parametrize(
+    ("text", "order", "ends"),
+    [("8:16-bf16", [1, 0], True), ("5:16-int4-g32", [0], False), ("8:16-int8-g32", [0], False)],
+)
+def test_only_the_end_of_a_part_is_without_use(text: str, order: list[int], ends: bool) -> None:
+    """Plain tensors come first, a code of bfloat16 last; decoding needs no more than is used."""
+    format = Format.parse(text)
+    found = pack(torch.randn(256, 256), format).tensors()
+    kept = {name: tensor.clone() for name, tensor in found.items()}
+    module = _Module((name, format, tensor) for name, tensor in found.items())
+    part = torch.zeros(module.size, dtype=torch.uint8)
+    size = module.fill(part)
+    offsets = [own.offset for own in module._coded]
+    assert sorted(range(len(offsets)), key=offsets.__getitem__) == order
+    assert min(offsets) == module._rest_bytes
+    assert size % 256 == 0 and 0 < size <= module.size and (size < module.size) == ends
+    part[size:] = 0xFF
+    working = torch.full((module.bytes,), 0xFF, dtype=torch.uint8)
+    module.decode(part, working)
+    module.settle(working)
+    assert all(torch.equal(found[name], tensor) for name, tensor in kept.items())
 
 
 def test_all_modules_run_from_one_slot(tiny_checkpoint: Checkpoint) -> None:

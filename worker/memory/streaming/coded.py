@@ -16,8 +16,8 @@ What it gave up: decoding that hides behind a step of many tokens, which compute
 take; modules that run twice in a step; copying no unused end of codes that are not the last.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,18 @@ class _Coded:
         return part[self.offset : self.offset + self.code.bytes]
 
 
+def _offsets(codes: Sequence[Code], begin: int) -> tuple[list[int], int]:
+    """Where codes lie from `begin` on, and their end; behind others one that may end without use.
+
+    Offsets are in the order of `codes`: in that they are decoded.
+    """
+    offsets, end = [0] * len(codes), begin
+    for index in sorted(range(len(codes)), key=lambda each: isinstance(codes[each], ExponentCode)):
+        offsets[index] = end
+        end += aligned(codes[index].bytes)
+    return offsets, end
+
+
 class _Module:
     """Where the large tensors of a module lie, in its part of a block and in the working slot."""
 
@@ -62,20 +74,12 @@ class _Module:
                 coded.append((code, tensor))
         places, self._decoded = places_of(tensor for _, tensor in coded)
         self._rest, self._rest_bytes = places_of(plain)
-        self._laid: list[_Coded] = []
-        self.size = self._rest_bytes
-        """Of its part."""
-        codes = [_Coded(code, 0, place) for (code, _), place in zip(coded, places, strict=True)]
-        for own in sorted(codes, key=lambda own: isinstance(own.code, ExponentCode)):
-            self._laid.append(replace(own, offset=self.size))
-            self.size += aligned(own.code.bytes)
-        self._coded = sorted(self._laid, key=lambda own: own.place.offset)
-        """In the order of the working slot, which is that of the module's tensors."""
-
-    @property
-    def bytes(self) -> int:
+        codes = [code for code, _ in coded]
+        offsets, self.size = _offsets(codes, self._rest_bytes)
+        """The size of its part."""
+        self._coded = [*map(_Coded, codes, offsets, places)]
+        self.bytes = self._decoded + self._rest_bytes
         """In the working slot."""
-        return self._decoded + self._rest_bytes
 
     def fill(self, part: Tensor) -> int:
         """Bring the tensors into a part, and let their own memory go.
@@ -89,9 +93,9 @@ class _Module:
             flat = own.place.tensor.detach().as_strided((own.place.shape.numel(),), (1,))
             own.codes(part).copy_(encode(own.code, flat.view(own.place.shape)))
             own.place.empty()
-        if not self._laid:
+        if not self._coded:
             return self.size
-        last = self._laid[-1]
+        last = max(self._coded, key=lambda own: own.offset)
         return aligned(last.offset + used(last.code, last.codes(part)))
 
     def decode(self, part: Tensor, working: Tensor) -> None:
