@@ -151,7 +151,7 @@ def under(
         for step in steps_of(setting, dry):
             reset_peak()
             timed = Timed(decoder, *step, stream)
-            row = row_of(setting, way, step, timed, bests[step], residency, link)
+            row = row_of(setting, way, step, timed, bests[step], stream, link)
             found[way, step] = row
             demand, ahead_row = found.get(("on demand", step)), found.get(("prefetch", step))
             if demand and ahead_row:
@@ -177,7 +177,7 @@ def residency_of(storage: Storage, setting: Setting, way: str, dry: bool) -> Res
     fixed = storage.rest + int((CONTEXT + CACHE + setting.scratch) * GIB)
     budget = sum(blocks) // 2 if dry else int(setting.gib * GIB) - fixed
     if way == "coded":
-        coded = [layer.coded for layer in storage.layers]
+        coded = [layer.coded_modules for layer in storage.layers]
         found = choose_coded(blocks, coded, storage.largest_module, budget, AHEAD)
     else:
         found = choose(blocks, budget, 0 if way == "on demand" else AHEAD)
@@ -247,12 +247,13 @@ def row_of(
     step: tuple[int, int],
     timed: Timed,
     best: Timed,
-    residency: Residency,
+    stream: LayerStream,
     link: float,
 ) -> Row:
     """One setting, way and step."""
-    tokens = step[0] * step[1]
-    copies = residency.copied / link * 1e3
+    tokens, residency = step[0] * step[1], stream.residency
+    copied = stream.use().host_bytes  # codes may take less than was planned
+    copies = copied / link * 1e3
     bound = max(best.ms, copies)
     return {
         "format": setting.format or "bfloat16",
@@ -261,13 +262,14 @@ def row_of(
         "way": way,
         "step": f"{step[0]} x {step[1]}",
         "streamed": f"{len(residency.streamed)} of {len(residency.blocks)}",
+        "copied_gib": copied / GIB,
         "compute_ms": best.ms,
         "copy_ms": copies,
         "ms": timed.ms,
         "low": min(timed.times),
         "high": max(timed.times),
         "of_bound": bound / timed.ms,
-        "link_gb_per_s": residency.copied / timed.ms / 1e6,
+        "link_gb_per_s": copied / timed.ms / 1e6,
         "tokens_per_s": tokens / timed.ms * 1e3,
         "peak_gib": peak_gib(),
         "same": torch.equal(timed.logits, best.logits),

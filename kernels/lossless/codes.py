@@ -8,7 +8,8 @@
 | `plain`     | a bfloat16 weight      | `exponents` | 11.03 of 16                          |
 
 Nothing else has a code. Sizes follow from shapes, so that memory can be planned before weights are
-read. Tensors are taken as they lie in memory, without gaps.
+read; of `exponents` the end may be without use, and `used` tells how much. Tensors are taken as
+they lie in memory, without gaps.
 
 `encode` runs once, when a model is loaded, in plain torch and bounded memory. `decode` runs before
 each use: on a card it is one kernel, elsewhere plain torch. Its first call on a card for each code
@@ -80,6 +81,15 @@ def decode(code: Code, coded: Tensor, out: Tensor) -> None:
         (unrank.unrank if on_card else ranks.decode)(code, coded, plain)
     else:
         (restore if on_card else exponents.decode)(code, coded, plain)
+
+
+def used(code: Code, coded: Tensor) -> int:
+    """How many of the bytes that `encode` gave `decode` needs: the first ones, a multiple of 16.
+
+    Whatever lies behind them changes nothing. Waits for the device that they are on.
+    """
+    _check("coded", coded, code.bytes)
+    return code.bytes if isinstance(code, RankCode) else exponents.used(code, coded)
 
 
 def _check(name: str, tensor: Tensor, size: int) -> None:

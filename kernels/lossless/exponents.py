@@ -163,6 +163,12 @@ def decode(code: ExponentCode, coded: Tensor, out: Tensor) -> None:
         own.copy_(decoded.flatten()[: len(own)].to(torch.int16))
 
 
+def used(code: ExponentCode, coded: Tensor) -> int:
+    """Bytes of `coded` up to the end of the list; nothing reads those behind them."""
+    *_, starts, _, _ = _sections(code, coded)
+    return code.bytes - code.room + _padded(_taken(starts[-1].tolist()))
+
+
 def _chunks(code: ExponentCode, flat: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Some runs after the other, and what `flat` [code.elements] has of them."""
     for first in range(0, code.runs, _CHUNK):
@@ -192,14 +198,19 @@ def _parts(room: Tensor, ends: list[int]) -> tuple[Tensor, Tensor, Tensor]:
 
 def _check_room(code: ExponentCode, ends: list[int]) -> None:
     """CodeError if the room is too small for level 1, level 2 and list of so many elements."""
-    *counts, listed = ends
-    taken = sum(8 * levels.words(count) for count in counts) + listed
+    taken = _taken(ends)
     if taken > code.room:
         shares = " / ".join(f"{count / code.elements:.1%}" for count in ends)
         raise CodeError(
             f"{shares} of {code.elements} exponents are far from those beside them, which takes "
             f"{taken} bytes, and there is room for {code.room}; the weight must travel as it is"
         )
+
+
+def _taken(ends: list[int]) -> int:
+    """Bytes of level 1, level 2 and list of so many elements."""
+    *counts, listed = ends
+    return sum(8 * levels.words(count) for count in counts) + listed
 
 
 def _blocks(own: Tensor) -> Tensor:

@@ -5,6 +5,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks import offload
+from benchmarks.offload_settings import SETTINGS
+from benchmarks.peak import GIB
+from benchmarks.random_model import DTYPE
+from conclave.worker.memory.shapes import shape_settings
+from conclave.worker.model.config import ModelConfig
+from conclave.worker.model.storage import storage_of
+from conclave.worker.weights import blank_decoder
 
 
 def test_streamed_rows_answer_as_resident_ones() -> None:
@@ -27,6 +34,20 @@ def test_tokens_are_decoded_from_codes() -> None:
     assert all(row["same"] and row["tables"] == "dense-int4-g64" for row in rows)
     assert rows[0]["copy_ms"] < rows[2]["copy_ms"]
     assert offload.ours(rows) == rows[:2] and offload.ours(rows[2:]) == rows[2:]
+
+
+def test_the_ceiling_is_that_of_bytes_that_are_copied() -> None:
+    """Of bfloat16 fewer than planned: the end of its code is without use."""
+    config = ModelConfig.parse(shape_settings("31b") | offload.TINY)
+    storage = storage_of(blank_decoder(config), {}, DTYPE, packed=True)
+    (setting,) = (each for each in SETTINGS if each.name == "bf8")
+    planned = offload.residency_of(storage, setting, "coded", dry=True)
+    for row in offload.measure(["bf8"], dry=True)["rows"]:
+        assert row["same"] and row["streamed"].startswith(f"{len(planned.streamed)} of")
+        copied = row["copied_gib"] * GIB
+        assert 0.95 * planned.copied < copied < planned.copied
+        assert row["copy_ms"] == pytest.approx(copied / 1e10 * 1e3)
+        assert row["link_gb_per_s"] == pytest.approx(copied / row["ms"] / 1e6)
 
 
 def test_prompts_run_from_codes() -> None:

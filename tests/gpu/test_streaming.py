@@ -17,12 +17,13 @@ from conclave.kernels.formats import Format
 from conclave.worker import Engine, Knobs
 from conclave.worker.errors import ConfigError
 from conclave.worker.memory.host import HostBlock
-from conclave.worker.memory.residency import choose, choose_coded, least
+from conclave.worker.memory.residency import choose, choose_coded, least, least_coded
 from conclave.worker.memory.shapes import shape_settings
 from conclave.worker.memory.streaming.coded import CodedStream, stream_of
 from conclave.worker.memory.streaming.layers import LayerStream
 from conclave.worker.model.config import ModelConfig
 from conclave.worker.model.decoder import Decoder
+from conclave.worker.model.packed import large_modules
 from conclave.worker.model.storage import storage_of
 from conclave.worker.weights import blank_decoder
 
@@ -52,10 +53,11 @@ def streamed(
     blank = blank_decoder(source.config)
     storage = storage_of(blank, source.formats(), torch.bfloat16, packed=True)
     blocks = [layer.block for layer in storage.layers]
-    codes = [layer.coded for layer in storage.layers]
+    codes = [layer.coded_modules for layer in storage.layers]
     if coded:
-        low, high = least(codes, max(0, ahead - 1)), sum(codes) - 1
-        room = storage.largest_module + low + int(share * (high - low))
+        low = least_coded(codes, storage.largest_module, ahead)
+        high = storage.largest_module + sum(map(sum, codes)) - 1
+        room = low + int(share * (high - low))
         residency = choose_coded(blocks, codes, storage.largest_module, room, ahead)
     else:
         low = least(blocks, ahead)
@@ -90,7 +92,7 @@ def test_tokens_are_those_of_resident_layers(name: str, format: str | None, code
         for length in (1, 40)
         for seed in range(STEPS)
     }
-    for ahead, share in ((0, 0.0), (1, 0.0), (2, 0.0), (2, 0.5), (2, 1.0)):
+    for ahead, share in ((0, 0.0), (1, 0.0), (2, 0.0), (2, 0.5), (2, 1.0), (3, 0.0)):
         decoder, stream = streamed(source, ahead, share, coded)
         outputs = {
             key: logits_of(decoder, some_tokens(2 * key[0], key[1]), key[0]) for key in wanted
@@ -107,7 +109,7 @@ def test_a_recorded_step_copies_too(name: str, format: str | None, coded: bool) 
     source = model(name, format)
     resident = source.decoder()
     wanted = [logits_of(resident, some_tokens(BATCH, seed), 1) for seed in range(STEPS)]
-    for ahead, share in ((0, 0.0), (2, 0.0), (2, 0.5)):
+    for ahead, share in ((0, 0.0), (2, 0.0), (2, 0.5), (3, 0.0)):
         decoder, stream = streamed(source, ahead, share, coded)
         tokens = some_tokens(BATCH, 0)
         for _ in range(2):
@@ -123,10 +125,34 @@ def test_a_recorded_step_copies_too(name: str, format: str | None, coded: bool) 
             assert torch.equal(replayed, wanted[seed]), (ahead, share, seed)
             if seed == 2:  # eager steps may come between
                 assert torch.equal(logits_of(decoder, some_tokens(BATCH, 3), 1), wanted[3])
-        copied = stream.use().copied_bytes
+        use = stream.use()
         stream.before_replay()
-        assert stream.use().copied_bytes - copied == stream.residency.copied
+        assert stream.use().copied_bytes - use.copied_bytes == use.host_bytes
+        assert use.host_bytes <= stream.residency.copied
+        assert (use.host_bytes < stream.residency.copied) == (coded and format is None)
         stream.close()
+
+
+@pytest.mark.parametrize(("name", "format"), [case[:2] for case in CODED])
+def test_a_step_that_fails_leaves_the_next_one_right(name: str, format: str | None) -> None:
+    """Some parts of a slot then hold those of a later layer, or these are on their way."""
+    source = model(name, format)
+    tokens = some_tokens(BATCH, 0)
+    wanted = logits_of(source.decoder(), tokens, 1)
+    for ahead in (0, 2, 3):
+        decoder, stream = streamed(source, ahead, 0.0, True)
+        for module, _ in large_modules(decoder.layers[3]):
+            handle = module.register_forward_hook(fail)
+            with pytest.raises(RuntimeError, match="on purpose"):
+                logits_of(decoder, tokens, 1)
+            handle.remove()
+            for _ in range(2):
+                assert torch.equal(logits_of(decoder, tokens, 1), wanted)
+        stream.close()
+
+
+def fail(*_: object) -> None:
+    raise RuntimeError("on purpose")
 
 
 @pytest.mark.parametrize(("name", "format"), [case[:2] for case in CODED])
@@ -137,9 +163,9 @@ def test_layers_that_all_stay_are_decoded(name: str, format: str | None) -> None
     blank = blank_decoder(source.config)
     storage = storage_of(blank, source.formats(), torch.bfloat16, packed=True)
     blocks = [layer.block for layer in storage.layers]
-    codes = [layer.coded for layer in storage.layers]
+    codes = [layer.coded_modules for layer in storage.layers]
     working = storage.largest_module
-    residency = choose_coded(blocks, codes, working, working + sum(codes), 2)
+    residency = choose_coded(blocks, codes, working, working + sum(map(sum, codes)), 2)
     assert residency is not None and not residency.streamed
     stream = stream_of(residency, torch.device("cuda"), prefetch=True, poison=True)
     decoder = source.decoder(stream)

@@ -10,7 +10,7 @@ from conclave.kernels.errors import CodeError, KernelInputError
 from conclave.kernels.formats import Format, tensor_shapes
 from conclave.kernels.layouts import pack
 from conclave.kernels.lossless import exponents, ranks
-from conclave.kernels.lossless.codes import Code, code_of, decode, encode
+from conclave.kernels.lossless.codes import Code, code_of, decode, encode, used
 from conclave.kernels.lossless.exponents import BLOCK, RUN, ExponentCode
 from conclave.kernels.lossless.levels import SPANS
 from conclave.kernels.lossless.ranks import RankCode
@@ -52,6 +52,9 @@ def comes_back(
 ) -> None:
     coded = encode(code, tensor)
     assert coded.dtype == torch.uint8 and coded.shape == (code.bytes,)
+    needed = used(code, coded)
+    assert needed % 16 == 0 and 0 < needed <= code.bytes
+    coded[needed:] = 0xFF  # which is never copied to a card
     assert torch.equal(decoded(code, coded, kernel, device), bytes_of(tensor).cpu())
 
 
@@ -103,6 +106,13 @@ def with_exponents(exponents: Tensor) -> Tensor:
     """bfloat16 with such exponents, and random signs and mantissas."""
     rest = torch.randint(256, exponents.shape)
     return ((rest & 128) << 8 | exponents << 7 | rest & 127).short().view(torch.bfloat16)
+
+
+def a_full_room() -> tuple[ExponentCode, Tensor]:
+    """400 escapes: 14 words for each of four planes, and themselves."""
+    tensor = torch.ones(3968, dtype=torch.bfloat16)
+    tensor[-400:] = 1e30
+    return ExponentCode(len(tensor)), tensor
 
 
 BASES = (*range(8), 127, *range(248, 253))
@@ -175,6 +185,25 @@ def test_normal_numbers_fit_whatever_their_scale(eighth: int) -> None:
     assert (first + second + 4 * listed) / 4 < 0.95 * code.room
     shares = [count / len(tensor) for count in (first, second, listed)]
     assert 0.24 < shares[0] < 0.31 and 0.039 < shares[1] < 0.07 and 0.005 < shares[2] < 0.01
+
+
+def test_what_is_used_of_a_code() -> None:
+    """All of ranks; of exponents the sections, four planes with a spare word each, and the list."""
+    ranked, tensor = every_way(5, True)
+    assert used(ranked, encode(ranked, tensor)) == ranked.bytes
+    plain = ExponentCode(5 * RUN)
+    before = plain.bytes - plain.room
+    assert used(plain, encode(plain, torch.ones(5 * RUN).bfloat16())) == before + 4 * 8
+    normal = torch.randn(5 * RUN).bfloat16()
+    coded = encode(plain, normal)
+    first, second, listed = exponents._sections(plain, coded)[2][-1].tolist()
+    words = 2 * (first // 32 + 2 + second // 32 + 2)
+    needed = before + -(-(4 * words + listed) // 16) * 16
+    assert used(plain, coded) == needed < before + 0.8 * plain.room
+    coded[needed - 16 :] = 0xFF
+    assert not torch.equal(decoded(plain, coded, False), bytes_of(normal)), "and no more than that"
+    with pytest.raises(KernelInputError, match="coded is"):
+        used(plain, coded[:-16])
 
 
 def test_every_pattern_of_bfloat16_comes_back() -> None:
@@ -281,12 +310,10 @@ def test_the_room_is_for_each_level_and_the_list(steps: tuple[int, ...], share: 
 
 
 def test_the_room_may_be_full_to_the_last_byte() -> None:
-    """400 escapes: 14 words for each of four planes, and themselves."""
-    tensor = torch.ones(3968, dtype=torch.bfloat16)
-    code = code_for(None, "plain", tensor)
-    assert isinstance(code, ExponentCode) and code.room == 624
-    tensor[-400:] = 1e30
+    code, tensor = a_full_room()
+    assert code.room == 624
     comes_back(code, tensor)
+    assert used(code, encode(code, tensor)) == code.bytes
     tensor[0] = 1e30
     with pytest.raises(CodeError, match=r"10\.1% / 10\.1% / 10\.1% of 3968 .* takes 625 bytes"):
         encode(code, tensor)
@@ -323,6 +350,11 @@ def test_kernel_decodes_few_numbers(count: int, device: torch.device) -> None:
 
 
 @pytest.mark.kernel
+def test_kernel_decodes_from_a_full_room(device: torch.device) -> None:
+    comes_back(*a_full_room(), True, device)
+
+
+@pytest.mark.kernel
 def test_kernel_decodes_every_pattern_of_bfloat16(device: torch.device) -> None:
     comes_back(ExponentCode(65536), every_pattern(), True, device)
 
@@ -339,6 +371,7 @@ def test_coded_on_a_card_as_on_a_cpu_and_decoded_in_a_graph() -> None:
     for code, own in ((codes, tensor), (ExponentCode(len(plain)), plain)):
         coded = encode(code, own.cuda())
         assert torch.equal(coded.cpu(), encode(code, own))
+        coded[used(code, coded) :] = 0xFF
         out = torch.empty_like(own, device="cuda")
         decode(code, coded, out)
         graph = torch.cuda.CUDAGraph()

@@ -2,8 +2,9 @@
 
 A step reads the stored weights once, multiplies by them for every token, and waits for what is
 streamed (`timeline` tells when), or for the experts that it lacks: of these there is but an
-expectation. What is coded is read, and written out, before. What it gave up: attention over long
-contexts and the cache's own reading, so a step of many tokens in long contexts takes longer.
+expectation. What is coded is read, and written out, before; its size is the one that was planned,
+of which a step of bfloat16 copies 2 to 3 % less. What it gave up: attention over long contexts and
+the cache's own reading, so a step of many tokens in long contexts takes longer.
 """
 
 from dataclasses import dataclass

@@ -3,7 +3,8 @@
 torch's own pinned memory comes in powers of two, 1.6 times what is asked for (sglang#36562), and
 copying from memory that is not locked goes through a bounce buffer, synchronously, at half the
 rate. Locking pages that have never been written takes much longer than locking filled ones, so
-filling comes first. What it gave up: a choice of NUMA node; pages lie where they were filled.
+filling comes first; what then turns out to be without use is not locked. What it gave up: a choice
+of NUMA node; pages lie where they were filled.
 """
 
 import mmap
@@ -45,6 +46,10 @@ class HostBlock:
         self.memory: Tensor = torch.frombuffer(pages, dtype=torch.uint8)
         """uint8 [size]; keeps the pages."""
         self._locked = False
+
+    def trim(self, size: int) -> None:
+        """Keep so many of the first bytes alone; called before they are locked."""
+        self.memory = self.memory[:size]
 
     @property
     def size(self) -> int:

@@ -4,7 +4,8 @@ Weights come first: if all fit beside the smallest cache and the worst step, all
 gets the rest. Else the cache gets a share in which several sequences run together. If experts may
 be streamed and those of one layer have room beside all else, they get slots for what is left; else
 whole layers are streamed until the budget holds, in a shorter code if that makes steps faster. What
-is left over is the cache's again.
+is left over is the cache's again. Sizes of codes are those that follow from shapes, the most that
+they take.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from ..model.storage import Storage
 from ..scheduling.sizing import HOST_BUFFER, LANES, cache_bytes, context_of
 from ..scheduling.workspace import workspace
 from .experts.slots import ExpertSlots, choose_slots, fewest_slots
-from .residency import Residency, choose, choose_cheaper, least_of_either
+from .residency import Residency, choose, choose_cheaper, least, least_of_either
 
 _CACHE_SHARE = 4
 """A cache that may want more gets this part of what weights that can be streamed could use."""
@@ -119,7 +120,7 @@ def _whole(storage: Storage, room: int, ahead: int, config: EngineConfig) -> Res
     """Whole layers in so many bytes."""
     blocks = [layer.block for layer in storage.layers]
     if config.stream_coded:
-        coded = [layer.coded for layer in storage.layers]
+        coded = [layer.coded_modules for layer in storage.layers]
         return choose_cheaper(blocks, coded, storage.largest_module, room, ahead)
     return choose(blocks, room, ahead)
 
@@ -127,8 +128,10 @@ def _whole(storage: Storage, room: int, ahead: int, config: EngineConfig) -> Res
 def _least(storage: Storage, ahead: int, config: EngineConfig) -> int:
     """The fewest bytes that `_place` can do with."""
     blocks = [layer.block for layer in storage.layers]
-    coded = [layer.coded for layer in storage.layers] if config.stream_coded else blocks
-    found = [least_of_either(blocks, coded, storage.largest_module, ahead)]
+    found = [least(blocks, ahead)]
+    if config.stream_coded:
+        coded = [layer.coded_modules for layer in storage.layers]
+        found = [least_of_either(blocks, coded, storage.largest_module, ahead)]
     if config.stream_experts and (slots := fewest_slots(storage.layers)):
         found.append(sum(_beside_experts(storage)) + slots.bytes)
     return min(found)

@@ -6,8 +6,12 @@ Pinning a set and streaming the rest is within one layer of what knowing the fut
 LRU cache would hit nothing (research: Belady on a cyclic scan).
 
 Layers may be kept in a shorter code, those that stay too: then each of their modules is decoded
-into one working slot just before it runs. All layers or none, so that one slot is enough. What it
-gave up: parts of layers; for single experts see `experts/`.
+into one working slot just before it runs. All layers or none, so that one slot is enough. Their
+blocks come in parts, one for each module, and a part's place in a slot is free once that module is
+decoded: while the later ones are, the earlier ones of the next layer arrive. Parts lie at the same
+places in a slot whatever the layer, so each has room for the largest one that comes there.
+
+What it gave up: parts of layers that stay; for single experts see `experts/`.
 """
 
 from collections.abc import Sequence
@@ -34,11 +38,23 @@ class Residency:
     slots: int = 0
     working: int = 0
     """Bytes of the slot that modules are decoded into and run from; 0 if layers are kept plain."""
+    parts: tuple[tuple[int, ...], ...] = ()
+    """Bytes of each layer's parts, in the order in which they are used, 0 of those that other
+    layers have; empty if each layer is one."""
+
+    def parts_of(self, layer: int) -> tuple[int, ...]:
+        """Bytes of the parts that a layer's block consists of."""
+        return self.parts[layer] if self.parts else (self.blocks[layer],)
+
+    @property
+    def slot_parts(self) -> tuple[int, ...]:
+        """Bytes of a slot by its parts, which lie one behind the other: the largest of each."""
+        return tuple(map(max, zip(*map(self.parts_of, self.streamed), strict=True)))
 
     @property
     def slot_bytes(self) -> int:
-        """Of one slot: the largest streamed layer."""
-        return max((self.blocks[layer] for layer in self.streamed), default=0)
+        """Of one slot: the largest streamed layer, or more where layers differ in their parts."""
+        return sum(self.slot_parts)
 
     @property
     def bytes(self) -> int:
@@ -52,13 +68,17 @@ class Residency:
 
     @property
     def copied(self) -> int:
-        """Bytes that are copied at every step, which is what lies on the host."""
+        """Bytes that are copied at every step, which is what lies on the host.
+
+        By shapes: of codes whose end is without use less is kept there and copied.
+        """
         return sum(self.blocks[layer] for layer in self.streamed)
 
     def next(self, position: int) -> int:
         """Who follows in a slot: the position among the streamed layers, after the last the first.
 
-        Copies are begun in this order, each when the layer before it in the slot has run.
+        Copies are begun in this order, each when the layer before it in the slot has run, or of
+        each part when that is decoded.
         """
         after = position + self.slots
         return after if after < len(self.streamed) else position % self.slots
@@ -77,27 +97,28 @@ def choose(blocks: Sequence[int], room: int, ahead: int) -> Residency | None:
 
 
 def choose_coded(
-    blocks: Sequence[int], coded: Sequence[int], working: int, room: int, ahead: int
+    blocks: Sequence[int], coded: Sequence[Sequence[int]], working: int, room: int, ahead: int
 ) -> Residency | None:
     """The same of layers that are kept coded; None as well if no code makes them shorter.
 
-    There is one slot fewer: that of a layer that runs is free again before its last module runs.
+    There are `ahead - 1` slots, one at least: parts of the next layer come into that of a layer
+    that runs.
 
     Args:
         blocks: bytes of each layer.
-        coded: the same of its code.
+        coded: bytes of the code of each layer's modules.
         working: bytes of the largest module, which runs from the working slot.
         room: bytes for layers and slots, the working one too.
         ahead: as for `choose`.
     """
-    if sum(coded) >= sum(blocks):
+    if not _shorter(coded, blocks):
         return None
-    found = choose(coded, room - working, max(0, ahead - 1))
-    return None if found is None else replace(found, working=working)
+    candidates = _coded_candidates(coded, working, ahead)
+    return next((each for each in candidates if each.bytes <= room), None)
 
 
 def choose_cheaper(
-    blocks: Sequence[int], coded: Sequence[int], working: int, room: int, ahead: int
+    blocks: Sequence[int], coded: Sequence[Sequence[int]], working: int, room: int, ahead: int
 ) -> Residency | None:
     """Plain layers or coded ones, whichever a step of one token needs less time for."""
     either = choose(blocks, room, ahead), choose_coded(blocks, coded, working, room, ahead)
@@ -110,12 +131,21 @@ def least(blocks: Sequence[int], ahead: int) -> int:
     return min(each.bytes for each in _candidates(tuple(blocks), ahead))
 
 
-def least_of_either(blocks: Sequence[int], coded: Sequence[int], working: int, ahead: int) -> int:
+def least_coded(coded: Sequence[Sequence[int]], working: int, ahead: int) -> int:
+    """The fewest bytes that `choose_coded` can do with, if codes make layers shorter."""
+    return min(each.bytes for each in _coded_candidates(coded, working, ahead))
+
+
+def least_of_either(
+    blocks: Sequence[int], coded: Sequence[Sequence[int]], working: int, ahead: int
+) -> int:
     """The fewest bytes that `choose_cheaper` can do with."""
     plain = least(blocks, ahead)
-    if sum(coded) >= sum(blocks):
-        return plain
-    return min(plain, working + least(coded, max(0, ahead - 1)))
+    return min(plain, least_coded(coded, working, ahead)) if _shorter(coded, blocks) else plain
+
+
+def _shorter(coded: Sequence[Sequence[int]], blocks: Sequence[int]) -> bool:
+    return sum(map(sum, coded)) < sum(blocks)
 
 
 def _cost(residency: Residency, read: int, ahead: int) -> int:
@@ -132,6 +162,14 @@ def _candidates(blocks: tuple[int, ...], ahead: int) -> list[Residency]:
         slots = min(ahead + 1, count // 2)
         found.append(Residency(blocks, _spread(count, len(blocks)), slots))
     return found
+
+
+def _coded_candidates(coded: Sequence[Sequence[int]], working: int, ahead: int) -> list[Residency]:
+    """The same of coded layers, which come in parts."""
+    count = max(map(len, coded))
+    parts = tuple((*own, *[0] * (count - len(own))) for own in coded)
+    found = _candidates(tuple(map(sum, parts)), max(0, ahead - 2))
+    return [replace(each, working=working, parts=parts) for each in found]
 
 
 def _spread(count: int, layers: int) -> tuple[int, ...]:

@@ -2,8 +2,10 @@
 
 A step of the steady state, in which the copies for its first layers ran during the step before.
 Copies follow each other on the link in the order in which slots become free. What it gave up: that
-copies and kernels share the device's memory; time between two kernels; that a layer is decoded
-module by module, so that its slot is free only shortly before it has run.
+copies and kernels share the device's memory; time between two kernels; that a coded layer comes and
+is decoded in parts. Here a whole layer is decoded before it runs, and the next one's copy begins
+with that; really each part is free when its module is decoded, the last one shortly before the
+layer has run, and is needed as much later in the next one.
 
 `chrome_trace` is the Trace Event Format, which Perfetto and chrome://tracing show.
 """
@@ -70,8 +72,8 @@ def play(
         residency: which layers are streamed, through which slots.
         link: bytes a second.
         prefetch: whether copies begin when a slot is free; else each when its layer begins.
-        decoding: seconds that each layer is decoded before it runs, if layers are coded. Then its
-            slot is free already.
+        decoding: seconds that each layer is decoded before it runs, if layers are coded. Then the
+            next copy into its slot may begin when that does: parts follow each other.
     """
     positions = {layer: position for position, layer in enumerate(residency.streamed)}
     copies = [residency.blocks[layer] / link for layer in residency.streamed]
@@ -98,14 +100,14 @@ def play(
                 if ready[position] > now:
                     spans.append(Span("waiting", layer, now, ready[position] - now))
                     now = ready[position]
+            begins = now
             if decoding:
                 spans.append(Span("decoding", layer, now, decoding[layer]))
                 now += decoding[layer]
             spans.append(Span("compute", layer, now, seconds))
-            free = now if decoding else now + seconds
             now += seconds
             if position is not None and prefetch:
-                copy(residency.next(position), free)
+                copy(residency.next(position), begins if decoding else now)
         spans.append(Span("compute", None, now, head))
         now += head
     return Timeline(now - begun, tuple(_between(spans, begun, now)))

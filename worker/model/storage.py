@@ -31,10 +31,10 @@ class LayerStorage:
 
     block: int
     """Bytes in one block of memory, each tensor aligned."""
-    coded: int
-    """The same where each tensor that has a shorter code is in that."""
     modules: tuple[int, ...]
-    """Bytes of the block by the modules that own them, as `packed.large_modules` tells them."""
+    """The same by the modules that own them, as `packed.large_modules` tells them."""
+    coded_modules: tuple[int, ...]
+    """The same where each tensor that has a shorter code is in that."""
     expert_block: int
     """Of them those of experts."""
     weights: int
@@ -45,6 +45,11 @@ class LayerStorage:
     """How many."""
     expert_parts: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()
     """Shape and dtype of each tensor of one expert, in the order of `packed.large_tensors`."""
+
+    @property
+    def coded(self) -> int:
+        """Bytes of the block where each tensor that has a shorter code is in that."""
+        return sum(self.coded_modules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,16 +109,18 @@ def storage_of(
 def _layer(
     decoder: Decoder, index: int, formats: Mapping[str, Format], dtype: torch.dtype
 ) -> LayerStorage:
-    block = coded = expert_block = weights = expert_weights = experts = 0
+    block = expert_block = weights = expert_weights = experts = 0
     modules: Counter[str] = Counter()
+    coded: Counter[str] = Counter()
     parts: list[tuple[tuple[int, ...], torch.dtype]] = []
     for name in (name for names in packable(decoder, index).values() for name in names):
         tensor = decoder.get_parameter(name)
         tensors = _tensors(tensor.shape, formats.get(name), dtype)
         own = sum(aligned(each.bytes) for each in tensors)
         block += own
-        modules[name.rpartition(".")[0]] += own
-        coded += sum(aligned(each.coded_bytes) for each in tensors)
+        module = name.rpartition(".")[0]
+        modules[module] += own
+        coded[module] += sum(aligned(each.coded_bytes) for each in tensors)
         if tensor.dim() == 3:
             expert_block += own
             expert_weights += tensor.numel()
@@ -122,8 +129,9 @@ def _layer(
             parts += ((own.shape, own.dtype) for own in each)
         else:
             weights += tensor.numel()
+    sizes = tuple(modules.values()), tuple(coded.values())
     numbers = expert_block, weights, expert_weights, experts
-    return LayerStorage(block, coded, tuple(modules.values()), *numbers, tuple(parts))
+    return LayerStorage(block, *sizes, *numbers, tuple(parts))
 
 
 @dataclass(frozen=True, slots=True)

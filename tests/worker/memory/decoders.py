@@ -56,7 +56,7 @@ class Streamed:
         blocks = [layer.block for layer in self.storage.layers]
         room = sum(blocks) if room is None else room
         if coded:
-            codes = [layer.coded for layer in self.storage.layers]
+            codes = [layer.coded_modules for layer in self.storage.layers]
             residency = choose_coded(blocks, codes, self.storage.largest_module, room, ahead)
         else:
             residency = choose(blocks, room, ahead)

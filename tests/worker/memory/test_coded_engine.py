@@ -128,7 +128,7 @@ def test_the_least_budget_that_is_told_is_enough(tiny_checkpoint: Checkpoint) ->
     with Engine(folder, knobs=Knobs(memory_budget=1), **HALF) as resident:
         storage = resident.model.storage
         blocks = [layer.block for layer in storage.layers]
-        codes = [layer.coded for layer in storage.layers]
+        codes = [layer.coded_modules for layer in storage.layers]
     for prefetch in (0, 1, 2):
         layers = least_of_either(blocks, codes, storage.largest_module, prefetch)
         least = beside_layers(resident) + layers

@@ -16,6 +16,9 @@ def test_a_block_has_the_bytes_asked_for() -> None:
     assert block.size == 100_001 and block.memory.dtype == torch.uint8
     assert block.memory.data_ptr() % resource.getpagesize() == 0
     block.memory.fill_(7)
+    place = block.memory.data_ptr()
+    block.trim(5_000)
+    assert block.size == 5_000 and block.memory.data_ptr() == place and (block.memory == 7).all()
     block.close()
     assert block.size == 0
 

@@ -227,9 +227,13 @@ def test_layers_are_coded_where_that_copies_less() -> None:
     weights = 43008 * 5376
     assert one.working == storage.largest_module == weights * 5 // 16 + weights // 128 * 2
     assert all(sum(layer.modules) == layer.block for layer in storage.layers)
+    assert all(len(layer.coded_modules) == len(layer.modules) == 4 for layer in storage.layers)
     assert not other.working
     assert one.blocks == tuple(layer.coded for layer in storage.layers)
-    assert (one.slots, other.slots) == (2, 3) and one.copied < 0.76 * other.copied
+    assert one.parts == tuple(layer.coded_modules for layer in storage.layers)
+    # A full layer has the largest of all parts.
+    assert one.slot_bytes == max(one.blocks)
+    assert (one.slots, other.slots) == (1, 3) and one.copied < 0.76 * other.copied
     for plan in (coded, plain):
         assert plan.rest + plan.step + plan.cache + plan.weights == 8 * GIB
     demand = plan_of(model, storage, 8 * GIB, **knobs(prefetch=False))

@@ -54,13 +54,13 @@ def test_copies_come_when_they_were_planned(
     seen: list[str] = []
     fill, acquire = Copies._fill, Copies.acquire
 
-    def told_fill(self: Copies, position: int) -> None:
+    def told_fill(self: Copies, position: int, part: int) -> None:
         seen.append(f"copy {position}")
-        fill(self, position)
+        fill(self, position, part)
 
-    def told_acquire(self: Copies, position: int) -> torch.Tensor:
+    def told_acquire(self: Copies, position: int, part: int) -> torch.Tensor:
         seen.append(f"run {position}")
-        return acquire(self, position)
+        return acquire(self, position, part)
 
     monkeypatch.setattr(Copies, "_fill", told_fill)
     monkeypatch.setattr(Copies, "acquire", told_acquire)

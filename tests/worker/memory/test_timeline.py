@@ -92,14 +92,22 @@ def test_a_coded_layer_is_decoded_before_it_runs(
     assert [span.layer for span in timeline.of("decoding")] == [*range(len(blocks))]
 
 
-def test_a_slot_is_free_when_its_layer_is_decoded() -> None:
+def test_a_slot_is_free_as_its_layer_is_decoded() -> None:
     """One slot, two streamed layers: the next copy does not wait for the layer that runs."""
     residency = Residency((100,) * 4, (0, 2), 1)
     coded = play([1.0] * 4, 0.5, residency, 50.0, True, [0.5] * 4)
     assert (coded.seconds, coded.waited) == (6.5, 0.0)
-    assert [span.start for span in coded.of("copies")] == [0.5, 3.5]
+    assert [span.start for span in coded.of("copies")] == [0.0, 3.0]
     plain = play([1.5] * 4, 0.5, residency, 50.0, True)
     assert (plain.seconds, plain.waited) == (7.0, 0.5)
+
+
+def test_one_slot_of_coded_layers_keeps_a_slow_link_busy() -> None:
+    residency = Residency((100,) * 8, tuple(range(8)), 1)
+    timeline = play([0.1] * 8, 0.1, residency, 100.0, True, [0.2] * 8)
+    assert timeline.seconds == pytest.approx(8.0) and timeline.waited == pytest.approx(5.5)
+    demand = play([0.1] * 8, 0.1, residency, 100.0, False, [0.2] * 8)
+    assert demand.seconds == pytest.approx(8.0 + 2.5)
 
 
 def test_a_trace_has_a_process_for_each_timeline() -> None:

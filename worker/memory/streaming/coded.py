@@ -3,22 +3,27 @@
 Each module that owns large weights (of attention, MLP, experts) is decoded into the working slot
 just before it runs, over the one before it, by the stream that computes: where the link limits a
 step there is time for that, and the room of a second slot is better used for layers that need not
-cross the link. A block that was copied is needed until its last module is decoded, so its own slot
-is free sooner than that of a plain layer. The tensors of all modules are views of the working slot
-for good. A code loses nothing: a step gives the same numbers as if layers were plain.
+cross the link. The tensors of all modules are views of the working slot for good. A code loses
+nothing: a step gives the same numbers as if layers were plain.
 
-A block has the modules one behind the other; of each the coded tensors first, then those that have
-no code, which one copy moves. What it gave up: decoding that hides behind a step of many tokens,
-which computes longer than copies take; modules that run twice in a step.
+A block has a part for each module, in the order in which they run, and a part that was copied is
+needed only until its module is decoded: then the same part of the next layer begins to come to its
+place (see `copies`). So one slot is enough to keep the link busy. In a part lie first the tensors
+that have no code, which one copy on the device moves, then the coded ones, one whose code may end
+without use (`codes.used`) last: that end is neither kept on the host nor copied.
+
+What it gave up: decoding that hides behind a step of many tokens, which computes longer than copies
+take; modules that run twice in a step; copying no unused end of codes that are not the last.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ....kernels.lossless.codes import Code, code_of, decode, encode
+from ....kernels.lossless.codes import Code, code_of, decode, encode, used
+from ....kernels.lossless.exponents import ExponentCode
 from ...model.decoder import Decoder
 from ...model.packed import Field, large_modules
 from ...model.storage import aligned
@@ -30,23 +35,35 @@ from .places import Place, places_of
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _Coded:
     """One tensor that is coded."""
 
     code: Code
     offset: int
-    """Of its code in the layer's block."""
+    """Of its code in its module's part."""
     place: Place
     """In the working slot."""
 
-    def codes(self, block: Tensor) -> Tensor:
-        return block[self.offset : self.offset + self.code.bytes]
+    def codes(self, part: Tensor) -> Tensor:
+        return part[self.offset : self.offset + self.code.bytes]
+
+
+def _offsets(codes: Sequence[Code], begin: int) -> tuple[list[int], int]:
+    """Where codes lie from `begin` on, and their end; behind others one that may end without use.
+
+    Offsets are in the order of `codes`: in that they are decoded.
+    """
+    offsets, end = [0] * len(codes), begin
+    for index in sorted(range(len(codes)), key=lambda each: isinstance(codes[each], ExponentCode)):
+        offsets[index] = end
+        end += aligned(codes[index].bytes)
+    return offsets, end
 
 
 class _Module:
-    """Where the large tensors of a module lie, in its layer's block and in the working slot."""
+    """Where the large tensors of a module lie, in its part of a block and in the working slot."""
 
-    def __init__(self, fields: Iterable[Field], begin: int) -> None:
+    def __init__(self, fields: Iterable[Field]) -> None:
         coded: list[tuple[Code, Tensor]] = []
         plain: list[Tensor] = []
         for field, format, tensor in fields:
@@ -57,46 +74,44 @@ class _Module:
                 coded.append((code, tensor))
         places, self._decoded = places_of(tensor for _, tensor in coded)
         self._rest, self._rest_bytes = places_of(plain)
-        self._parts, self._rest_begin = [], begin
-        for (code, _), place in zip(coded, places, strict=True):
-            self._parts.append(_Part(code, self._rest_begin, place))
-            self._rest_begin += aligned(code.bytes)
-
-    @property
-    def end(self) -> int:
-        """Where the next module begins in the block."""
-        return self._rest_begin + self._rest_bytes
-
-    @property
-    def bytes(self) -> int:
+        codes = [code for code, _ in coded]
+        offsets, self.size = _offsets(codes, self._rest_bytes)
+        """The size of its part."""
+        self._coded = [*map(_Coded, codes, offsets, places)]
+        self.bytes = self._decoded + self._rest_bytes
         """In the working slot."""
-        return self._decoded + self._rest_bytes
 
-    def fill(self, block: Tensor) -> None:
-        """Bring the tensors into a block, and let their own memory go."""
-        for part in self._parts:
-            flat = part.place.tensor.detach().as_strided((part.place.shape.numel(),), (1,))
-            part.codes(block).copy_(encode(part.code, flat.view(part.place.shape)))
-            part.place.empty()
+    def fill(self, part: Tensor) -> int:
+        """Bring the tensors into a part, and let their own memory go.
+
+        Returns how many of its bytes, the first ones, are used.
+        """
         for place in self._rest:
-            place.view(block[self._rest_begin :]).copy_(place.tensor.detach())
+            place.view(part).copy_(place.tensor.detach())
             place.empty()
+        for own in self._coded:
+            flat = own.place.tensor.detach().as_strided((own.place.shape.numel(),), (1,))
+            own.codes(part).copy_(encode(own.code, flat.view(own.place.shape)))
+            own.place.empty()
+        if not self._coded:
+            return self.size
+        last = max(self._coded, key=lambda own: own.offset)
+        return aligned(last.offset + used(last.code, last.codes(part)))
 
-    def decode(self, block: Tensor, working: Tensor) -> None:
-        """Bring them from a block into the working slot."""
-        for part in self._parts:
-            out = part.place.numbers(working).view(part.place.shape)
-            decode(part.code, part.codes(block), out)
+    def decode(self, part: Tensor, working: Tensor) -> None:
+        """Bring them from a part into the working slot."""
+        for own in self._coded:
+            out = own.place.numbers(working).view(own.place.shape)
+            decode(own.code, own.codes(part), out)
         # Last: a kernel that reads weights before the one in front of it has ended (`gdc_wait`)
         # has scales, which have no code; and nothing begins before a copy has ended.
         if self._rest_bytes:
-            rest = block[self._rest_begin : self.end]
-            working[self._decoded :][: self._rest_bytes].copy_(rest)
+            working[self._decoded :][: self._rest_bytes].copy_(part[: self._rest_bytes])
 
     def settle(self, working: Tensor) -> None:
         """Let the tensors be their places in the working slot, for good."""
-        for part in self._parts:
-            part.place.settle(working)
+        for own in self._coded:
+            own.place.settle(working)
         for place in self._rest:
             place.settle(working[self._decoded :])
 
@@ -111,13 +126,11 @@ class CodedStream(LayerStream):
         self._device = device
         self._modules: list[list[_Module]] = []
         """Of each layer."""
-        self._stay: dict[int, Tensor] = {}
-        """Blocks of layers that stay."""
+        self._stay: dict[int, tuple[Tensor, ...]] = {}
+        """Parts of layers that stay."""
         self._working = torch.empty(0, dtype=torch.uint8, device=device)
-        self._block: Tensor | None = None
-        """That of the layer that runs, until all its modules are decoded."""
-        self._left = 0
-        """Modules of that layer that are still to be decoded."""
+        self._left: list[int] = []
+        """Parts of the layer that runs that were not given back yet."""
 
     def take(self, decoder: Decoder, layer: int) -> None:
         """Encode a layer's large weights, on the host if it is streamed; layers come in order.
@@ -126,18 +139,19 @@ class CodedStream(LayerStream):
         there are weights that the code has no room for.
         """
         assert layer == len(self._modules), "layers come in order"
-        modules, size = _modules_of(decoder.layers[layer])
-        assert (
-            size == self.residency.blocks[layer]
-            and max(each.bytes for each in modules) <= self.residency.working
-        ), "the layer is not as it was planned"
+        modules = [_Module(fields) for _, fields in large_modules(decoder.layers[layer])]
+        sizes = self.residency.parts[layer]
+        assert [each.size for each in modules] == [size for size in sizes if size] and max(
+            each.bytes for each in modules
+        ) <= self.residency.working, "the layer is not as it was planned"
         if layer in self._positions:
-            host = HostBlock(size)
-            _fill(modules, host.memory)
-            self.copies.add(host)
+            host = HostBlock(sum(sizes))
+            self.copies.add(host, _fill_closely(modules, host))
         else:
-            self._stay[layer] = torch.empty(size, dtype=torch.uint8, device=self._device)
-            _fill(modules, self._stay[layer])
+            block = torch.empty(sum(sizes), dtype=torch.uint8, device=self._device)
+            self._stay[layer] = block.split(list(sizes))
+            for module, part in zip(modules, self._stay[layer], strict=False):
+                module.fill(part)
         self._modules.append(modules)
 
     def start(self, decoder: Decoder) -> None:
@@ -147,59 +161,59 @@ class CodedStream(LayerStream):
         self._working = torch.empty(size, dtype=torch.uint8, device=self._device)
         for number, (layer, modules) in enumerate(zip(decoder.layers, self._modules, strict=True)):
             self._hook_layer(layer, number)
-            for (module, _), own in zip(large_modules(layer), modules, strict=True):
+            pairs = zip(large_modules(layer), modules, strict=True)
+            for part, ((module, _), own) in enumerate(pairs):
                 own.settle(self._working)
-                self._hook_module(module, own, number)
+                self._hook_module(module, own, number, part)
         self._hook_steps(decoder)
 
     def _hook_layer(self, layer: nn.Module, number: int) -> None:
         layer.register_forward_pre_hook(lambda *_: self._begin(number))
-        # Also where the layer fails, or its slot would never be free.
+        # Also where the layer fails, or not all its modules run: its slot must be free.
         layer.register_forward_hook(lambda *_: self._end(number), always_call=True)
 
-    def _hook_module(self, module: nn.Module, own: _Module, layer: int) -> None:
-        module.register_forward_pre_hook(lambda *_: self._decode(own, layer))
+    def _hook_module(self, module: nn.Module, own: _Module, layer: int, part: int) -> None:
+        module.register_forward_pre_hook(lambda *_: self._decode(own, layer, part))
         if self.copies.poison:
             module.register_forward_hook(lambda *_: self._spoil(), always_call=True)
 
     def _begin(self, layer: int) -> None:
         """Called before a layer."""
-        position = self._positions.get(layer)
-        self._block = self._stay[layer] if position is None else self.copies.acquire(position)
-        self._left = len(self._modules[layer])
+        self._left = [*range(len(self.residency.parts[layer]))]
 
-    def _decode(self, own: _Module, layer: int) -> None:
+    def _decode(self, own: _Module, layer: int, part: int) -> None:
         """Called before a module of a layer."""
-        assert self._block is not None, "a module ran twice, or without its layer"
+        assert part in self._left, "a module ran twice, or without its layer"
+        if layer in self._positions:
+            memory = self.copies.acquire(self._positions[layer], part)
+        else:
+            memory = self._stay[layer][part]
         with self.copies.watched("decoding", layer):
-            own.decode(self._block, self._working)
-        self._left -= 1
-        if not self._left:
-            self._end(layer)
+            own.decode(memory, self._working)
+        self._give_back(layer, part)
 
     def _end(self, layer: int) -> None:
-        """Called when all modules of a layer are decoded, and after it."""
-        position = self._positions.get(layer)
-        if self._block is not None and position is not None:
-            self.copies.release(position)
-        self._block = None
+        """Called after a layer: the parts of modules that it does not have, or that did not run."""
+        for part in [*self._left]:
+            self._give_back(layer, part)
+
+    def _give_back(self, layer: int, part: int) -> None:
+        self._left.remove(part)
+        if layer in self._positions:
+            self.copies.release(self._positions[layer], part)
 
     def _spoil(self) -> None:
         self._working.fill_(POISON)
 
 
-def _modules_of(layer: nn.Module) -> tuple[list[_Module], int]:
-    """Those of a layer, and the bytes of its block."""
-    modules, end = [], 0
-    for _, fields in large_modules(layer):
-        modules.append(_Module(fields, end))
-        end = modules[-1].end
-    return modules, end
-
-
-def _fill(modules: Iterable[_Module], block: Tensor) -> None:
+def _fill_closely(modules: Iterable[_Module], host: HostBlock) -> list[int]:
+    """What is used of each module's part, one behind the other and nothing else; their bytes."""
+    sizes: list[int] = []
     for module in modules:
-        module.fill(block)
+        # The unused end of the part before is written over.
+        sizes.append(module.fill(host.memory[sum(sizes) :][: module.size]))
+    host.trim(sum(sizes))
+    return sizes
 
 
 def stream_of(

@@ -1,20 +1,24 @@
 """Blocks that do not stay on the device, copied into slots while others are used.
 
-A block that has been used frees its slot, and the copy of the next one that uses the slot begins
-then: on a stream of its own, ordered by events alone, without ever waiting on the host. So with
-three slots two blocks are on their way while one is used, and the first blocks of the next step are
-copied while the last ones of this step are used.
+A block comes in one part or in several, which lie at the same places of a slot whatever the block.
+A part that has been used frees its place, and the copy of the same part of the next block that uses
+the slot begins then: on a stream of its own, ordered by events alone, without ever waiting on the
+host. So with three slots two blocks are on their way while one is used, with one slot the first
+parts of the next block while the last ones of this are; and the first blocks of the next step are
+copied while the last ones of this step are used. On the link copies follow each other in the order
+in which parts were given back.
 
 A CUDA graph of a whole step may hold the copies too. The last ones, for the next step's first
 blocks, are joined at its end, since no event may cross from one replay to the next; call
 `before_replay` before each replay.
 
-What it gave up: copies in pieces, which a demand could overtake.
+What it gave up: copies that a demand could overtake; parts smaller than what is used at once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import chain, product
 from typing import Any
 
 import torch
@@ -45,13 +49,13 @@ class StreamUse:
     """Whether layers are kept in a shorter code, also where none is streamed."""
 
 
-class _Slot:
-    """Device memory for one block at a time."""
+class _Place:
+    """Device memory for one part of a block at a time."""
 
-    def __init__(self, size: int, device: torch.device) -> None:
-        self.memory = torch.empty(size, dtype=torch.uint8, device=device)
+    def __init__(self, memory: Tensor) -> None:
+        self.memory = memory
         self.position: int | None = None
-        """Whose block is here, or on its way."""
+        """Whose part is here, or on its way."""
         self.arriving = False
         """Whether nobody has waited for it yet."""
         self.renew()
@@ -65,13 +69,14 @@ class _Slot:
 class Copies:
     """The blocks of the layers that are streamed, each known by its position among them.
 
-    Each goes through `add` once it is filled; then `start`.
+    Each goes through `add` once it is filled; then `start`. Their parts are numbered as in
+    `Residency.slot_parts`, also those that a block does not have.
 
     Args:
         residency: which layers they are of.
         device: where they are used. On a CPU copies are plain ones and never overlap.
-        prefetch: whether copies begin when a slot is free; else each when it is asked for.
-        poison: fill a slot that is given back with NaN, to show who reads it later: for tests.
+        prefetch: whether copies begin when their place is free; else each when it is asked for.
+        poison: fill a part that is given back with NaN, to show who reads it later: for tests.
     """
 
     def __init__(
@@ -82,7 +87,11 @@ class Copies:
         self._device = device
         self._prefetch = prefetch
         self._blocks: list[HostBlock] = []
-        self._slots: list[_Slot] = []
+        self._parts: list[tuple[Tensor, ...]] = []
+        """Of each block."""
+        self._host_bytes = 0
+        self._slots: list[list[_Place]] = []
+        """Of each slot, one for each part."""
         self._stream: Any = None
         if prefetch and device.type == "cuda":
             self._stream = torch.cuda.Stream(device)
@@ -91,72 +100,86 @@ class Copies:
         self.watch: Callable[[Lane, int], AbstractContextManager[None]] | None = None
         """Put around copies and waiting, with the layer; see `recorder`."""
 
-    def add(self, block: HostBlock) -> None:
-        """Take the block of the next position.
+    def add(self, block: HostBlock, sizes: Sequence[int]) -> None:
+        """Take the block of the next position: parts of such sizes, one behind the other.
 
-        Raises ConfigError if the host does not lock its memory.
+        Of parts behind them it has none; none may be larger than planned. Raises ConfigError if the
+        host does not lock its memory.
         """
-        position = len(self._blocks)
-        assert block.size == self.residency.blocks[self.residency.streamed[position]], (
-            "the layer is not as it was planned"
-        )
+        planned = self.residency.parts_of(self.residency.streamed[len(self._blocks)])
+        sizes = [*sizes, *[0] * (len(planned) - len(sizes))]
+        assert block.size == sum(sizes) and all(
+            size <= most for size, most in zip(sizes, planned, strict=True)
+        ), "the layer is not as it was planned"
         self._blocks.append(block)
+        self._parts.append(block.memory.split(sizes))
+        self._host_bytes += block.size
         if self._device.type == "cuda":
             block.lock()
 
     def start(self) -> None:
         """Allocate the slots, and fill them if that is done ahead."""
-        size, count = self.residency.slot_bytes, self.residency.slots
-        self._slots = [_Slot(size, self._device) for _ in range(count)]
-        if self._prefetch:
-            for position in range(count):
-                self._fill(position)
-
-    def memory(self, position: int) -> Tensor:
-        """The slot that the block at a position always comes into, uint8."""
-        return self._slots[position % len(self._slots)].memory
-
-    def acquire(self, position: int) -> Tensor:
-        """The slot with the block at a position in place, for what comes on the current stream."""
-        slot = self._slots[position % len(self._slots)]
-        with self.watched("waiting", self.residency.streamed[position]), self._stalls.waiting():
-            if slot.position != position:  # on demand, or after a step that failed
-                self._fill(position)
-            self._await(slot)
-        return slot.memory
-
-    def release(self, position: int) -> None:
-        """Called after its use: the slot goes to the next."""
-        slot = self._slots[position % len(self._slots)]
-        if self.poison:
-            slot.memory.fill_(POISON)
-        slot.position = None
+        sizes = list(self.residency.slot_parts)
+        for _ in range(self.residency.slots):
+            memory = torch.empty(sum(sizes), dtype=torch.uint8, device=self._device)
+            self._slots.append([_Place(own) for own in memory.split(sizes)])
         if self._stream is not None:
-            slot.free.record()
+            # Of what was in this memory before, something may still run.
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
         if self._prefetch:
-            self._fill(self.residency.next(position))
+            for position, part in product(range(self.residency.slots), range(len(sizes))):
+                self._fill(position, part)
+
+    def memory(self, position: int, part: int) -> Tensor:
+        """Where a part of the block at a position always comes, uint8."""
+        return self._place(position, part).memory
+
+    def acquire(self, position: int, part: int) -> Tensor:
+        """The same with the part in it, for what comes on the current stream."""
+        place = self._place(position, part)
+        with self.watched("waiting", self.residency.streamed[position]), self._stalls.waiting():
+            if place.position != position:  # on demand, or after a step that failed
+                self._fill(position, part)
+            self._await(place)
+        return place.memory
+
+    def release(self, position: int, part: int) -> None:
+        """Called after its use, or where it is not used: its place goes to the next.
+
+        A copy that is still on its way is not waited for: the next one comes behind it.
+        """
+        place = self._place(position, part)
+        if self.poison:
+            place.memory.fill_(POISON)
+        place.position = None
+        if self._stream is not None:
+            place.free.record()
+        if self._prefetch:
+            self._fill(self.residency.next(position), part)
 
     def begin(self) -> None:
         """Called before each step."""
         if self._capturing():
             # Recording began with the device idle, so what was on its way has arrived.
             assert not self._prefetch or all(
-                slot.position == number for number, slot in enumerate(self._slots)
+                place.position == number
+                for number, slot in enumerate(self._slots)
+                for place in slot
             ), "run a whole step before one is recorded"
-            for slot in self._slots:
-                slot.arriving = False
+            for place in self._places():
+                place.arriving = False
 
     def end(self) -> None:
         """Called after each step."""
         if self._capturing():
             self._join()
-            for slot in self._slots:
-                slot.renew()
+            for place in self._places():
+                place.renew()
 
     def before_replay(self) -> None:
         """Let the current stream wait for all copies, as a recorded step begins without them."""
         self._join()
-        self._copied += self.residency.copied
+        self._copied += self._host_bytes
 
     def watched(self, lane: Lane, layer: int) -> AbstractContextManager[None]:
         """Put around what a lane does for a layer, so that it is recorded if that is asked for."""
@@ -166,42 +189,48 @@ class Copies:
 
     def use(self) -> StreamUse:
         """What has been done so far."""
-        copied = self.residency.copied
         layers, slots, coded = len(self._blocks), len(self._slots), self.residency.working > 0
-        return StreamUse(layers, slots, copied, self._copied, self._stalls.seconds(), coded)
+        sizes = self._host_bytes, self._copied
+        return StreamUse(layers, slots, *sizes, self._stalls.seconds(), coded)
 
     def close(self) -> None:
         """Unlock and release the host's memory; nobody may ask for a block any more."""
         release(self._blocks, self._device)
         self._blocks.clear()
+        self._parts.clear()
 
-    def _fill(self, position: int) -> None:
-        """Copy the block at a position into its slot."""
-        block = self._blocks[position].memory
-        slot = self._slots[position % len(self._slots)]
-        target, layer = slot.memory[: len(block)], self.residency.streamed[position]
+    def _fill(self, position: int, part: int) -> None:
+        """Copy a part of the block at a position into its place."""
+        source, place = self._parts[position][part], self._place(position, part)
+        target, layer = place.memory[: len(source)], self.residency.streamed[position]
         if self._stream is None:
             with self.watched("copies", layer):
-                target.copy_(block, non_blocking=True)
+                target.copy_(source, non_blocking=True)
         else:
             with torch.cuda.stream(self._stream):
-                self._stream.wait_event(slot.free)
+                self._stream.wait_event(place.free)
                 with self.watched("copies", layer):
-                    target.copy_(block, non_blocking=True)
-                slot.ready.record()
-            slot.arriving = True
-        slot.position = position
+                    target.copy_(source, non_blocking=True)
+                place.ready.record()
+            place.arriving = True
+        place.position = position
         if not self._capturing():
-            self._copied += len(block)
+            self._copied += len(source)
 
-    def _await(self, slot: _Slot) -> None:
-        if slot.arriving:
-            slot.ready.wait()
-            slot.arriving = False
+    def _await(self, place: _Place) -> None:
+        if place.arriving:
+            place.ready.wait()
+            place.arriving = False
 
     def _join(self) -> None:
-        for slot in self._slots:
-            self._await(slot)
+        for place in self._places():
+            self._await(place)
+
+    def _place(self, position: int, part: int) -> _Place:
+        return self._slots[position % len(self._slots)][part]
+
+    def _places(self) -> Iterator[_Place]:
+        return chain.from_iterable(self._slots)
 
     def _capturing(self) -> bool:
         return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()

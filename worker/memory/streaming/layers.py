@@ -50,14 +50,14 @@ class LayerStream:
             place.view(block.memory).copy_(place.tensor.detach())
             place.empty()
         self._places.append(places)
-        self.copies.add(block)
+        self.copies.add(block, [size])
 
     def start(self, decoder: Decoder) -> None:
         """Allocate the slots, and let the decoder's layers run from them."""
         self.copies.start()
         for layer, position in self._positions.items():
             for place in self._places[position]:
-                place.settle(self.copies.memory(position))
+                place.settle(self.copies.memory(position, 0))
             self._hook(decoder.layers[layer], position)
         self._hook_steps(decoder)
 
@@ -79,10 +79,10 @@ class LayerStream:
 
     def _hook(self, layer: nn.Module, position: int) -> None:
         def before(*_: object) -> None:
-            self.copies.acquire(position)
+            self.copies.acquire(position, 0)
 
         def after(*_: object) -> None:
-            self.copies.release(position)
+            self.copies.release(position, 0)
 
         layer.register_forward_pre_hook(before)
         # Also where the layer fails, or its slot would never be free.
