@@ -29,8 +29,8 @@ SETTINGS = (
     Setting("int8", "dense-int4-g128", 8, 0.8, decode=(1, 8, 32)),
     Setting("int16long", "dense-int4-g128", 16, 10.0, prefill=(4096, 8192)),
     Setting("bf24", None, 24, 1.0, decode=(1, 8, 32)),
-    Setting("bf16", None, 16, 0.6, decode=(1, 8, 32)),
-    Setting("bf8", None, 8, 0.3, decode=(1,)),
+    Setting("bf16", None, 16, 0.85, decode=(1, 8, 32)),
+    Setting("bf8", None, 8, 0.75, decode=(1,)),
 )
 BALANCE = ("sparse8p", "int16p")
 """Settings whose layers stay plain and are run on demand as well, to find what prefetch gains."""
