@@ -27,7 +27,7 @@ from .launching.targets import ALL, target_of
 from .sparse_gather import FEW_TYPES, check_few
 from .sparse_gemv import overlaps
 from .tuning import dense_plan
-from .workspace import meet, workspace
+from .workspace import in_groups, meet, workspace
 
 _TILE = tl.constexpr(TILE)
 _LARGE = 0x4B000000
@@ -168,6 +168,7 @@ def _dense_gemv(
     TOKENS: tl.constexpr,
     WARPS: tl.constexpr,
     OVERLAP: tl.constexpr,
+    GROUPED: tl.constexpr,
     GATED: tl.constexpr,
 ):
     if OVERLAP:
@@ -239,11 +240,25 @@ def _dense_gemv(
         low = tl.join(_token(sums, 0, BITS), _token(sums, 2, BITS))
         high = tl.join(_token(sums, 1, BITS), _token(sums, 3, BITS))
         total = tl.reshape(tl.join(low, high), [_TILE, 4])
-    meet(y, total, residual, added, scale, partials, counters, tokens, rows, TOKENS, GATED)
+    meet(
+        y,
+        total,
+        residual,
+        added,
+        scale,
+        partials,
+        counters,
+        tokens,
+        rows,
+        TOKENS=TOKENS,
+        WARPS=WARPS,
+        GROUPED=GROUPED,
+        GATED=GATED,
+    )
 
 
-_SHARES = ((1, 4), (2, 4), (4, 1))
-"""Tokens and warps that the bundle has."""
+_SHARES = ((1, 4, False), (2, 4, False), (4, 1, False), (4, 1, True))
+"""Tokens, warps, and whether sums are added in groups, that the bundle has."""
 _gemv = Kernel(_dense_gemv, grid="tiles, splits, copies", multiples_of_16=("columns",))
 
 
@@ -256,12 +271,12 @@ def variants() -> Iterator[Variant]:
     """What the bundle holds: the usual formats, bfloat16 in and out."""
     overlapping = tuple(target for target in ALL if overlaps(target))
     others = tuple(target for target in ALL if not overlaps(target))
-    for bits, (tokens, warps), gated in product((4, 8), _SHARES, (False, True)):
+    for bits, (tokens, warps, together), gated in product((4, 8), _SHARES, (False, True)):
         types = ("*bf16", "*bf16", "*i32" if bits == 4 else "*i8", *FEW_TYPES[1:], "i32", "i32")
         for targets, overlap in ((overlapping, True), (others, False)):
             constants = {
                 **{"BITS": bits, "TOKENS": tokens, "WARPS": warps},
-                **{"OVERLAP": overlap, "GATED": gated},
+                **{"OVERLAP": overlap, "GROUPED": together, "GATED": gated},
             }
             yield Variant(_gemv, types, constants, warps, 1, targets, _options(overlap))
 
@@ -304,7 +319,7 @@ def dense_gemv(
         *(out, x, *tensors, *numbers),
         constants={
             **{"BITS": bits, "TOKENS": padded, "WARPS": warps},
-            **{"OVERLAP": overlap, "GATED": gated},
+            **{"OVERLAP": overlap, "GROUPED": in_groups(padded, splits), "GATED": gated},
         },
         warps=warps,
         stages=1,

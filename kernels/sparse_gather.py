@@ -24,6 +24,7 @@ MOST_TOKENS = 4
 PIECE = 64
 """Columns of a step."""
 _TILE = tl.constexpr(TILE)
+_WARPS = tl.constexpr(4)
 FEW_TYPES = (
     *("*u8", "*bf16", "*bf16", "*i32", "*fp32", "*i32"),
     *("i32", "i32", "i32", "i32", "i32", "fp32"),
@@ -72,7 +73,21 @@ def _gather(
             part += value * held.to(tl.float32)
         own = tl.load(scales + piece * 64 // GROUP * _TILE + row)
         total += part * own.to(tl.float32)
-    meet(y, total, residual, added, scale, partials, counters, tokens, rows, TOKENS, GATED)
+    meet(
+        y,
+        total,
+        residual,
+        added,
+        scale,
+        partials,
+        counters,
+        tokens,
+        rows,
+        TOKENS=TOKENS,
+        WARPS=_WARPS,
+        GROUPED=False,
+        GATED=GATED,
+    )
 
 
 _gathered = Kernel(
@@ -92,7 +107,9 @@ def variants() -> Iterator[Variant]:
         own = {"KEPT": format.kept, "GROUP": format.group}
         for tokens, gated in product((1, 2, 4), (False, True)):
             constants = {**own, "TOKENS": tokens, "GATED": gated}
-            yield Variant(_gathered, ("*bf16", "*bf16", *FEW_TYPES), constants, 4, 1, AMD)
+            yield Variant(
+                _gathered, ("*bf16", "*bf16", *FEW_TYPES), constants, _WARPS.value, 1, AMD
+            )
 
 
 def sparse_gather(
@@ -121,7 +138,7 @@ def sparse_gather(
         (weight.tiles, splits, copies),
         *(out, x, *tensors, tokens, weight.rows, weight.columns, *flags, float(scale)),
         constants={**own, "TOKENS": padded, "GATED": gated},
-        warps=4,
+        warps=_WARPS.value,
         stages=1,
     )
 

@@ -32,7 +32,7 @@ from .launching.launch import Kernel, Variant
 from .launching.targets import NVIDIA, Target, target_of
 from .sparse_gather import FEW_TYPES, PIECE, check_few, supports
 from .tuning import gemv_plan
-from .workspace import meet, workspace
+from .workspace import in_groups, meet, workspace
 
 _TILE = tl.constexpr(TILE)
 
@@ -159,6 +159,7 @@ def _sparse_gemv(
     PAIRS: tl.constexpr,
     WARPS: tl.constexpr,
     OVERLAP: tl.constexpr,
+    GROUPED: tl.constexpr,
     GATED: tl.constexpr,
 ):
     if OVERLAP:
@@ -247,7 +248,21 @@ def _sparse_gemv(
         both = tl.join(low, high)
     TOKENS: tl.constexpr = 2 * PAIRS if PAIRS else 1
     total = tl.sum(tl.reshape(both, [WARPS, _TILE, TOKENS]), 0) * 0.0625
-    meet(y, total, residual, added, scale, partials, counters, tokens, rows, TOKENS, GATED)
+    meet(
+        y,
+        total,
+        residual,
+        added,
+        scale,
+        partials,
+        counters,
+        tokens,
+        rows,
+        TOKENS=TOKENS,
+        WARPS=WARPS,
+        GROUPED=GROUPED,
+        GATED=GATED,
+    )
 
 
 @triton.jit
@@ -284,8 +299,11 @@ def _pairs(packed, factors, x, tokens, columns, PAIRS: tl.constexpr, OVERLAP: tl
 
 
 _MULTIPLES = ("columns",)
-_SHARES = ((0, 1), (0, 2), (0, 4), (1, 1), (1, 2), (1, 4), (2, 1))
-"""Pairs of tokens and warps that the bundle has."""
+_SHARES = (
+    *((0, 1, False), (0, 2, False), (0, 4, False), (1, 1, False), (1, 2, False), (1, 4, False)),
+    *((2, 1, False), (2, 1, True)),
+)
+"""Pairs of tokens, warps, and whether sums are added in groups, that the bundle has."""
 _GRID = "tiles, splits, copies"
 _shuffled = Kernel(_sparse_gemv, grid=_GRID, multiples_of_16=_MULTIPLES)
 _paired = Kernel(_pairs, name="token_pairs", grid="columns / 64, PAIRS", multiples_of_16=_MULTIPLES)
@@ -302,12 +320,12 @@ def variants() -> Iterator[Variant]:
             yield Variant(_paired, types, constants, 1, 1, targets, _options(overlap))
         for format in filter(lambda each: supports(each, PIECE), SHIPPED):
             own = {"KEPT": format.kept, "GROUP": format.group}
-            for (pairs, warps), gated in product(_SHARES, (False, True)):
+            for (pairs, warps, together), gated in product(_SHARES, (False, True)):
                 held = ("*i32", "*fp32") if pairs else ("*bf16", "none")
                 types = ("*bf16", *held, *FEW_TYPES, "i32")
                 constants = {
                     **{**own, "PAIRS": pairs, "WARPS": warps},
-                    **{"OVERLAP": overlap, "GATED": gated},
+                    **{"OVERLAP": overlap, "GROUPED": together, "GATED": gated},
                 }
                 yield Variant(_shuffled, types, constants, warps, 1, targets, _options(overlap))
 
@@ -366,11 +384,15 @@ def sparse_gemv(
             stages=1,
             options=options,
         )
-    warps, splits, ahead = gemv_plan(x.device, weight.tiles, pieces, 2 * pairs or 1, copies)
+    padded = 2 * pairs or 1
+    warps, splits, ahead = gemv_plan(x.device, weight.tiles, pieces, padded, copies)
     _shuffled.launch(
         (weight.tiles, splits, copies),
         *(out, held, factors, *tensors, *numbers, ahead),
-        constants={**own, "PAIRS": pairs, "WARPS": warps, "OVERLAP": overlap, "GATED": gated},
+        constants={
+            **{**own, "PAIRS": pairs, "WARPS": warps, "OVERLAP": overlap},
+            **{"GROUPED": in_groups(padded, splits), "GATED": gated},
+        },
         warps=warps,
         stages=1,
         options=options,

@@ -22,10 +22,9 @@ PARTIALS = 9 << 20
 """float32 values of partial sums, 36 MiB for each device: two tiles of 128 rows and 256 tokens for
 each of an H100's 132 processors."""
 COUNTERS = 1 << 14
-MANY, GROUP = 16, 8
-"""If there are more splits than `MANY`, four tokens' sums are added in groups first (`meet`). Only
-with few tiles so many have room in PARTIALS: for their groups there are always counters."""
-_MANY, _GROUP = tl.constexpr(MANY), tl.constexpr(GROUP)
+GROUP = 8
+"""Partial sums that are added first where all are added in groups."""
+_GROUP = tl.constexpr(GROUP)
 _PLAIN, _ADDED, _GATED = range(3)
 """What becomes of a sum: times the scale; the residual is added before; rows 2i and 2i + 1 are a
 gate and what it lets through."""
@@ -60,6 +59,16 @@ def workspace(device: torch.device) -> tuple[Tensor, Tensor]:
     return found
 
 
+def in_groups(tokens: int, splits: int) -> bool:
+    """Whether the last of each group of programs adds its sums, then the last of those all.
+
+    Of four tokens there are registers for four partial sums at once: the last one of many programs
+    would wait for the memory again and again. With few splits it would only cost registers.
+    """
+    # There are counters for all groups: only of few tiles so many sums have room in PARTIALS.
+    return tokens == 4 and splits > 2 * GROUP
+
+
 def epilogue_of(residual: Tensor | None, gated: bool) -> int:
     """What a kernel of tensor cores is to do with its sums."""
     return _GATED if gated else _PLAIN if residual is None else _ADDED
@@ -91,20 +100,11 @@ def _finish_gated(y, total, scale, tokens, rows, TOKENS: tl.constexpr):
 
 
 @triton.jit
-def _arrived_last(counter, count):
-    """Whether of `count` programs this is the last; it sets the counter back."""
-    tl.debug_barrier()
-    last = tl.atomic_add(counter, 1, sem="acq_rel") == count - 1
-    if last:
-        tl.atomic_xchg(counter, 0, sem="relaxed")
-    return last
-
-
-@triton.jit
-def _added_up(first, count, stride, TOKENS: tl.constexpr):
+def _added_up(first, count, stride, TOKENS: tl.constexpr, WARPS: tl.constexpr):
     """The sum of `count` partial sums [128, TOKENS], `stride` apart, in their order."""
+    # As many as there are registers for: they are waited for together.
+    AT_ONCE: tl.constexpr = 8 if TOKENS == 1 or (TOKENS == 2 and WARPS > 1) else 4
     total = tl.zeros([_TILE, TOKENS], tl.float32)
-    AT_ONCE: tl.constexpr = 8 if TOKENS <= 2 else 4
     for begin in range(0, count, AT_ONCE):
         parts = ()
         for i in tl.static_range(AT_ONCE):
@@ -128,6 +128,8 @@ def meet(
     tokens,
     rows,
     TOKENS: tl.constexpr,
+    WARPS: tl.constexpr,
+    GROUPED: tl.constexpr,
     GATED: tl.constexpr,
 ):
     """Adds the splits' sums `total` [128, TOKENS] and stores the rows of the program's tile."""
@@ -144,27 +146,28 @@ def meet(
         own = partials + copy * splits * area + tile * _TILE * TOKENS
         own += tl.arange(0, _TILE)[:, None] * TOKENS + token
         tl.store(own + tl.program_id(1) * area, total)
-        groups = splits
+        tl.debug_barrier()
         counter = counters + copy * tl.num_programs(0) + tile
-        stride = area
-        leads = splits > 1
-        if TOKENS == 4:
-            # A program has registers for four sums at once only, so the last one of many would
-            # wait for the memory again and again: each eight are added by the last of them.
-            if splits > _MANY:
-                groups = tl.cdiv(splits, _GROUP)
-                stride = area * _GROUP
-                group = tl.program_id(1) // _GROUP
-                counter = counters + (copy * tl.num_programs(0) + tile) * (groups + 1)
-                first = own + group * stride
-                members = tl.minimum(splits - group * _GROUP, _GROUP)
-                leads = _arrived_last(counter + 1 + group, members)
-                if leads:
-                    tl.store(first, _added_up(first, members, area, TOKENS))
-        if leads:
-            last = _arrived_last(counter, groups)
+        if GROUPED:
+            groups = tl.cdiv(splits, _GROUP)
+            counter += (copy * tl.num_programs(0) + tile) * groups
+            group = tl.program_id(1) // _GROUP
+            members = tl.minimum(splits - group * _GROUP, _GROUP)
+            arrived = tl.atomic_add(counter + 1 + group, 1, sem="acq_rel")
+            if arrived == members - 1:
+                first = own + group * _GROUP * area
+                tl.store(first, _added_up(first, members, area, TOKENS, WARPS))
+                tl.debug_barrier()
+                tl.atomic_xchg(counter + 1 + group, 0, sem="relaxed")
+                last = tl.atomic_add(counter, 1, sem="acq_rel") == groups - 1
+                if last:
+                    total = _added_up(own, groups, _GROUP * area, TOKENS, WARPS)
+                    tl.atomic_xchg(counter, 0, sem="relaxed")
+        else:
+            last = tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1
             if last:
-                total = _added_up(own, groups, stride, TOKENS)
+                total = _added_up(own, splits, area, TOKENS, WARPS)
+                tl.atomic_xchg(counter, 0, sem="relaxed")
     if last:
         if GATED:
             _finish_gated(y, total, scale, tokens, rows, TOKENS)
