@@ -32,6 +32,8 @@ class Rates:
 OF_COPY = 0.63
 """What kernels read of weights, over what a copy on the device reads and writes: the linears of a
 31B layer in 5:16 int4 at one token (docs/log.md)."""
+DECODES = 0.77
+"""The same of kernels that decode (an H100): bfloat16, and 5:16 int4 at most shapes."""
 BY_PROCESSORS = 35 / 55
 """Of the link's rate, what processors reach that fetch experts by themselves (an H100)."""
 FORESEEN = 0.85
@@ -115,11 +117,12 @@ def computing(
 
 
 def decoding(storage: Storage, residency: Residency, rates: Rates) -> list[float]:
-    """Seconds in which each layer is decoded, at the rate of a copy; empty if none is coded."""
+    """Seconds in which each layer is decoded; empty if none is coded."""
     if not residency.working:
         return []
     layers = zip(residency.blocks, storage.layers, strict=True)
-    return [(coded + layer.block) * OF_COPY / rates.memory for coded, layer in layers]
+    rate = DECODES / OF_COPY * rates.memory
+    return [(coded + layer.block) / rate for coded, layer in layers]
 
 
 def balance(

@@ -18,7 +18,7 @@ from conclave.worker.compress.__main__ import app
 from conclave.worker.errors import ConfigError
 from conclave.worker.loading import formats_on_loading
 from conclave.worker.memory.experts.slots import choose_slots
-from conclave.worker.memory.forecast import BY_PROCESSORS, H100, Rates, balance, forecast
+from conclave.worker.memory.forecast import BY_PROCESSORS, DECODES, H100, Rates, balance, forecast
 from conclave.worker.memory.plan import Plan, plan_memory
 from conclave.worker.memory.shapes import NAMES, shape_of
 from conclave.worker.model.config import ModelConfig, cache_groups
@@ -250,7 +250,7 @@ def test_decoding_takes_a_copy_of_all_weights() -> None:
     own = plan.residency
     found = forecast(model, storage, own, 2, 1, H100)
     moved = sum(own.blocks) + sum(layer.block for layer in storage.layers)
-    assert found.decode == pytest.approx(moved / 2.9e12)
+    assert found.decode == pytest.approx(moved / (DECODES * 2.9e12))
     assert found.transfer == pytest.approx(own.copied / H100.link) and found.limit == "link"
     assert found.seconds == found.transfer > found.compute + found.decode
     demand = forecast(model, storage, own, 0, 1, H100)
