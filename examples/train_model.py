@@ -190,7 +190,7 @@ def compress_command(
         float, typer.Option(help="All is trained by then, in fewer steps.")
     ] = math.inf,
     looks: Annotated[int, typer.Option(help="Looks at the validation text.")] = 20,
-    optimizer: Annotated[str, typer.Option(help="Or muon.")] = "adamw",
+    optimizer: Annotated[str, typer.Option(help="adamw, or muon for matrices.")] = "adamw",
     teacher: Annotated[
         list[Path] | None, typer.Option(help="Folder of one more trained checkpoint to learn from.")
     ] = None,

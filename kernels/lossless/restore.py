@@ -7,8 +7,8 @@ tells where in the list escapes are. Then how far 32 exponents are above their b
 once, bit by bit: four words. Their bits are shifted to where the exponents of two elements belong
 and added to the base; escapes are loaded by those lanes alone that have any.
 
-Bytes moved for an element: 1.36 in, 2 out; instructions on sm_90: 34 (counted; how long they take
-is not measured yet).
+Bytes moved for an element: 1.38 in, 2 out; instructions on sm_90: 34. An H100 takes as long as for
+copying 1.3 times as many bytes.
 
 What it gave up: moving codes one by one, in 32 steps for each plane instead of five.
 """
