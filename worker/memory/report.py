@@ -90,10 +90,11 @@ def _memory(plan: Plan) -> Table:
     own, slots = plan.residency, plan.experts
     stays = len(own.blocks) - len(own.streamed)
     how = ", without experts" if slots else ", in a shorter code" if own.working else ""
+    slot = "slot" if own.slots == 1 else "slots"
     rows: list[tuple[str, int]] = [
         ("embeddings, head, norms, routers", plan.rest),
         (f"{stays} layers that stay{how}", own.stays),
-        (f"{own.slots} slots for {len(own.streamed)} layers", own.slots * own.slot_bytes)
+        (f"{own.slots} {slot} for {len(own.streamed)} layers", own.slots * own.slot_bytes)
         if slots is None
         else (f"{slots.slots} slots for {slots.share:.0%} of the experts", slots.bytes),
         *([("a slot that modules are decoded into", own.working)] if own.working else []),
