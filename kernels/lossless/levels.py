@@ -5,13 +5,15 @@ rank among all elements that came so far down. So what most elements share costs
 few need costs only them more.
 """
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 STEPS = ((0, 1, 2), (-1, -2, 3), (-3, -4, -5))
 """Of each level's codes 0, 1 and 2: how far an exponent is above its base."""
-SPANS = ((0, 2), (-2, 3), (-5, 3))
+SPANS = tuple((min(steps), max(steps)) for steps in accumulate(STEPS))
 """Of each level: the lowest and the highest step that it and those above it have codes for."""
 FURTHER = (2, 2, 8)
 """Bits that an element takes further down if a level has no code for it: the last is a byte."""
