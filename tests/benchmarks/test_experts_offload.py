@@ -18,7 +18,7 @@ def test_rows_answer_as_resident_ones() -> None:
         assert demand["same"] and ahead["same"]
         assert ahead["hit_rate"] > demand["hit_rate"] and ahead["precision"] > 0.5
     # From empty slots the cache does what the replay says.
-    assert rows[1, "on demand"]["hit_rate"] == figures["policy"]["batch 1"]["policy"]
+    assert rows[1, "on demand"]["hit_rate"] == figures["policy"][0]["policy"]
     assert all(row["belady"] >= row["policy"] for row in figures["shipped"])
 
 
