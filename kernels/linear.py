@@ -177,6 +177,9 @@ def _multiply(
 def _parts(weight: PackedWeight) -> Iterator[tuple[int, PackedWeight]]:
     """(first row, those rows) of a single weight, each part of whole tiles and a bounded size."""
     step = max(1, MOST_EXPANDED // (weight.columns * TILE))
+    if weight.tiles <= step:
+        yield 0, weight
+        return
     for first in range(0, weight.tiles, step):
         tensors = {name: own[first : first + step] for name, own in weight.tensors().items()}
         rows = min(step * TILE, weight.rows - first * TILE)

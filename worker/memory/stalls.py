@@ -24,8 +24,8 @@ class StallClock:
         self._spare: list[_Pair] = []
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around what makes the current stream wait."""
+    def waiting(self, stream: torch.cuda.Stream | None = None) -> Iterator[None]:
+        """Around what makes a stream wait, the current one unless given."""
         if not self._on_gpu:
             start = time.perf_counter()
             yield
@@ -34,9 +34,9 @@ class StallClock:
             yield
         else:
             start_event, end_event = self._pair()
-            start_event.record()
+            start_event.record(stream)
             yield
-            end_event.record()
+            end_event.record(stream)
             self._pending.append((start_event, end_event))
 
     def seconds(self) -> float:

@@ -91,9 +91,9 @@ def test_a_part_is_copied_as_soon_as_the_one_before_it_is_decoded(
         seen.append(f"copy {position}.{part}")
         fill(self, position, part)
 
-    def told_acquire(self: Copies, position: int, part: int) -> torch.Tensor:
+    def told_acquire(self: Copies, position: int, part: int) -> None:
         seen.append(f"need {position}.{part}")
-        return acquire(self, position, part)
+        acquire(self, position, part)
 
     def told_decode(self: CodedStream, own: Any, layer: int, part: int) -> None:
         decode_own(self, own, layer, part)
@@ -185,8 +185,8 @@ def test_only_the_end_of_a_part_is_without_use(text: str, order: list[int], ends
     assert size % 256 == 0 and 0 < size <= module.size and (size < module.size) == ends
     part[size:] = 0xFF
     working = torch.full((module.bytes,), 0xFF, dtype=torch.uint8)
-    module.decode(part, working)
-    module.settle(working)
+    module.settle(part, working)
+    module.decode()
     assert all(torch.equal(found[name], tensor) for name, tensor in kept.items())
 
 

@@ -41,17 +41,16 @@ class Stream:
 
 
 class Event:
-    """On the stream that is the current one; nothing before it is recorded first."""
+    """Nothing before it is recorded first."""
 
-    def __init__(self, device: "Device") -> None:
-        self.device = device
+    def __init__(self) -> None:
         self.clock: dict[Stream, int] = {}
 
-    def record(self) -> None:
-        self.clock = dict(self.device.current.clock)
+    def record(self, stream: Stream) -> None:
+        self.clock = dict(stream.clock)
 
-    def wait(self) -> None:
-        self.device.current.join(self.clock)
+    def wait(self, stream: Stream) -> None:
+        stream.join(self.clock)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,18 +82,14 @@ class Device:
 
         def renew(place: module._Place) -> None:
             for name in ("free", "ready"):
-                setattr(place, name, Event(self))
+                setattr(place, name, Event())
 
         monkeypatch.setattr(Copies, "_fill", told_fill)
         monkeypatch.setattr(module._Place, "renew", renew)
-        monkeypatch.setattr(torch.cuda, "stream", self.on)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: self.current)
+        monkeypatch.setattr(torch.cuda, "set_stream", self.switch)
 
-    @contextmanager
-    def on(self, stream: Stream) -> Iterator[None]:
-        before, self.current = self.current, stream
-        yield
-        self.current = before
+    def switch(self, stream: Stream) -> None:
+        self.current = stream
 
     @contextmanager
     def watch(self, lane: Lane, layer: int) -> Iterator[None]:
@@ -116,7 +111,7 @@ class Device:
         made = Copies(Residency(blocks, tuple(range(LAYERS)), slots, 1, sizes), CPU, prefetch=True)
         for _ in range(LAYERS):
             made.add(HostBlock(256 * parts), [256] * parts)
-        made._stream, made.watch = Stream(), self.watch
+        made._stream, made._computing, made.watch = Stream(), self.compute, self.watch
         made.start()
         return made
 

@@ -58,9 +58,9 @@ def test_copies_come_when_they_were_planned(
         seen.append(f"copy {position}")
         fill(self, position, part)
 
-    def told_acquire(self: Copies, position: int, part: int) -> torch.Tensor:
+    def told_acquire(self: Copies, position: int, part: int) -> None:
         seen.append(f"run {position}")
-        return acquire(self, position, part)
+        acquire(self, position, part)
 
     monkeypatch.setattr(Copies, "_fill", told_fill)
     monkeypatch.setattr(Copies, "acquire", told_acquire)

@@ -80,6 +80,10 @@ class _Module:
         self._coded = [*map(_Coded, codes, offsets, places)]
         self.bytes = self._decoded + self._rest_bytes
         """In the working slot."""
+        self._steps: list[tuple[Code, Tensor, Tensor]] = []
+        """What is decoded, from where and to where."""
+        self._copy: tuple[Tensor, Tensor] | None = None
+        """Of what has no code: to where, and from where."""
 
     def fill(self, part: Tensor) -> int:
         """Bring the tensors into a part, and let their own memory go.
@@ -98,22 +102,27 @@ class _Module:
         last = max(self._coded, key=lambda own: own.offset)
         return aligned(last.offset + used(last.code, last.codes(part)))
 
-    def decode(self, part: Tensor, working: Tensor) -> None:
-        """Bring them from a part into the working slot."""
-        for own in self._coded:
-            out = own.place.numbers(working).view(own.place.shape)
-            decode(own.code, own.codes(part), out)
-        # Last: a kernel that reads weights before the one in front of it has ended (`gdc_wait`)
-        # has scales, which have no code; and nothing begins before a copy has ended.
-        if self._rest_bytes:
-            working[self._decoded :][: self._rest_bytes].copy_(part[: self._rest_bytes])
-
-    def settle(self, working: Tensor) -> None:
-        """Let the tensors be their places in the working slot, for good."""
+    def settle(self, part: Tensor, working: Tensor) -> None:
+        """Let the tensors be their places in the working slot, for good, decoded from `part`."""
         for own in self._coded:
             own.place.settle(working)
+            out = own.place.numbers(working).view(own.place.shape)
+            self._steps.append((own.code, own.codes(part), out))
+        rest = working[self._decoded :]
         for place in self._rest:
-            place.settle(working[self._decoded :])
+            place.settle(rest)
+        if self._rest_bytes:
+            self._copy = rest[: self._rest_bytes], part[: self._rest_bytes]
+
+    def decode(self) -> None:
+        """Bring them from their part, which is there, into the working slot."""
+        for code, coded, out in self._steps:
+            decode(code, coded, out)
+        # Last: a kernel that reads weights before the one in front of it has ended (`gdc_wait`)
+        # has scales, which have no code; and nothing begins before a copy has ended.
+        if self._copy is not None:
+            out, plain = self._copy
+            out.copy_(plain)
 
 
 class CodedStream(LayerStream):
@@ -163,9 +172,15 @@ class CodedStream(LayerStream):
             self._hook_layer(layer, number)
             pairs = zip(large_modules(layer), modules, strict=True)
             for part, ((module, _), own) in enumerate(pairs):
-                own.settle(self._working)
+                own.settle(self._part(number, part), self._working)
                 self._hook_module(module, own, number, part)
         self._hook_steps(decoder)
+
+    def _part(self, layer: int, part: int) -> Tensor:
+        """Where a part of a layer always lies, or comes."""
+        if layer in self._positions:
+            return self.copies.memory(self._positions[layer], part)
+        return self._stay[layer][part]
 
     def _hook_layer(self, layer: nn.Module, number: int) -> None:
         layer.register_forward_pre_hook(lambda *_: self._begin(number))
@@ -185,11 +200,9 @@ class CodedStream(LayerStream):
         """Called before a module of a layer."""
         assert part in self._left, "a module ran twice, or without its layer"
         if layer in self._positions:
-            memory = self.copies.acquire(self._positions[layer], part)
-        else:
-            memory = self._stay[layer][part]
+            self.copies.acquire(self._positions[layer], part)
         with self.copies.watched("decoding", layer):
-            own.decode(memory, self._working)
+            own.decode()
         self._give_back(layer, part)
 
     def _end(self, layer: int) -> None:

@@ -16,7 +16,7 @@ What it gave up: copies that a demand could overtake; parts smaller than what is
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain, product
 from typing import Any
@@ -95,6 +95,9 @@ class Copies:
         self._stream: Any = None
         if prefetch and device.type == "cuda":
             self._stream = torch.cuda.Stream(device)
+        self._computing: Any = None
+        """The stream of the step that runs, once for all its parts: to ask torch takes longer than
+        to begin a copy, and a prompt's step is often as fast as the host begins its kernels."""
         self._stalls = StallClock(device)
         self._copied = 0
         self.watch: Callable[[Lane, int], AbstractContextManager[None]] | None = None
@@ -123,9 +126,10 @@ class Copies:
         for _ in range(self.residency.slots):
             memory = torch.empty(sum(sizes), dtype=torch.uint8, device=self._device)
             self._slots.append([_Place(own) for own in memory.split(sizes)])
+        self._find_stream()
         if self._stream is not None:
             # Of what was in this memory before, something may still run.
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            self._stream.wait_stream(self._computing)
         if self._prefetch:
             for position, part in product(range(self.residency.slots), range(len(sizes))):
                 self._fill(position, part)
@@ -134,14 +138,13 @@ class Copies:
         """Where a part of the block at a position always comes, uint8."""
         return self._place(position, part).memory
 
-    def acquire(self, position: int, part: int) -> Tensor:
-        """The same with the part in it, for what comes on the current stream."""
-        place = self._place(position, part)
-        with self.watched("waiting", self.residency.streamed[position]), self._stalls.waiting():
+    def acquire(self, position: int, part: int) -> None:
+        """Let the part be there for what comes on the stream of this step."""
+        place, layer = self._place(position, part), self.residency.streamed[position]
+        with self.watched("waiting", layer), self._stalls.waiting(self._computing):
             if place.position != position:  # on demand, or after a step that failed
                 self._fill(position, part)
             self._await(place)
-        return place.memory
 
     def release(self, position: int, part: int) -> None:
         """Called after its use, or where it is not used: its place goes to the next.
@@ -153,12 +156,13 @@ class Copies:
             place.memory.fill_(POISON)
         place.position = None
         if self._stream is not None:
-            place.free.record()
+            place.free.record(self._computing)
         if self._prefetch:
             self._fill(self.residency.next(position), part)
 
     def begin(self) -> None:
-        """Called before each step."""
+        """Called before each step, on the stream that it runs on."""
+        self._find_stream()
         if self._capturing():
             # Recording began with the device idle, so what was on its way has arrived.
             assert not self._prefetch or all(
@@ -178,6 +182,7 @@ class Copies:
 
     def before_replay(self) -> None:
         """Let the current stream wait for all copies, as a recorded step begins without them."""
+        self._find_stream()
         self._join()
         self._copied += self._host_bytes
 
@@ -202,24 +207,36 @@ class Copies:
     def _fill(self, position: int, part: int) -> None:
         """Copy a part of the block at a position into its place."""
         source, place = self._parts[position][part], self._place(position, part)
-        target, layer = place.memory[: len(source)], self.residency.streamed[position]
+        target, layer = place.memory[: source.numel()], self.residency.streamed[position]
         if self._stream is None:
             with self.watched("copies", layer):
                 target.copy_(source, non_blocking=True)
         else:
-            with torch.cuda.stream(self._stream):
-                self._stream.wait_event(place.free)
-                with self.watched("copies", layer):
-                    target.copy_(source, non_blocking=True)
-                place.ready.record()
+            self._stream.wait_event(place.free)
+            with self._copying(), self.watched("copies", layer):
+                target.copy_(source, non_blocking=True)
+            place.ready.record(self._stream)
             place.arriving = True
         place.position = position
         if not self._capturing():
-            self._copied += len(source)
+            self._copied += source.numel()
+
+    def _find_stream(self) -> None:
+        if self._device.type == "cuda":
+            self._computing = torch.cuda.current_stream(self._device)
+
+    @contextmanager
+    def _copying(self) -> Iterator[None]:
+        """As `torch.cuda.stream`, which asks again for the stream that is current."""
+        torch.cuda.set_stream(self._stream)
+        try:
+            yield
+        finally:
+            torch.cuda.set_stream(self._computing)
 
     def _await(self, place: _Place) -> None:
         if place.arriving:
-            place.ready.wait()
+            place.ready.wait(self._computing)
             place.arriving = False
 
     def _join(self) -> None:
