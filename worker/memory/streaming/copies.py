@@ -44,7 +44,7 @@ class StreamUse:
     """Locked on the host; also what is copied at every step."""
     copied_bytes: int
     stalled_seconds: float
-    """That computing has waited for copies."""
+    """That computing has waited for copies; on a GPU by a sample of the steps."""
     coded: bool
     """Whether layers are kept in a shorter code, also where none is streamed."""
 
@@ -172,6 +172,8 @@ class Copies:
             ), "run a whole step before one is recorded"
             for place in self._places():
                 place.arriving = False
+        else:
+            self._stalls.begin()
 
     def end(self) -> None:
         """Called after each step."""
