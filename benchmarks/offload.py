@@ -2,9 +2,10 @@
 
 Models of real shape with random weights run under a budget, every layer that does not fit copied
 from locked host memory at every step. Each row has two ceilings of the same run: computing alone,
-with all layers resident, and copying alone, at the rate measured. Decoding is one CUDA graph, one
-token of each sequence; prompts are sequences of 64 tokens, run eagerly. Attention sees only the
-tokens of the step: no cache is read, but memory is set aside for one.
+with all layers resident, and copying alone, at the rate measured. Each step is one CUDA graph; what
+it takes where the host begins each kernel by itself is told beside it. Decoding is one token of
+each sequence, prompts are sequences of 64. Attention sees only the tokens of the step: no cache is
+read, but memory is set aside for one.
 
 Where layers have a shorter code, they run with that, as engines do; `--plain` runs the same without
 it too. What prefetch gains, where computing takes as long as copying, is about copies alone: there
@@ -56,6 +57,7 @@ CONTEXT = 0.8
 CACHE = 0.5
 """GiB set aside for keys and values: 4,096 tokens of the 31B model in narrow numbers at 1 %."""
 REPEATS = 9
+EAGER_REPEATS = 3
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TINY = {
     **{"hidden_size": 256, "intermediate_size": 512, "vocab_size": 1024},
@@ -186,7 +188,7 @@ def residency_of(storage: Storage, setting: Setting, way: str, dry: bool) -> Res
 
 
 class Timed:
-    """Milliseconds of a step, and its logits."""
+    """Milliseconds of a step, as a graph and without one, and its logits."""
 
     def __init__(
         self, decoder: Decoder, sequences: int, length: int, stream: LayerStream | None = None
@@ -203,8 +205,8 @@ class Timed:
             hidden = decoder(tokens, positions, attention)
             logits = decoder.logits(hidden[length - 1 :: length])
 
-        run()
-        work = recorded(run, stream) if length == 1 and DEVICE.type == "cuda" else run
+        self.eager_ms = median(seconds(run, 1) * 1e3 for _ in range(EAGER_REPEATS))
+        work = recorded(run, stream) if DEVICE.type == "cuda" else run
         self.times = [seconds(work) * 1e3 for _ in range(REPEATS)]
         self.ms = median(self.times)
         self.logits = logits.cpu()
@@ -213,6 +215,7 @@ class Timed:
 def recorded(run: Callable[[], None], stream: LayerStream | None) -> Callable[[], None]:
     """As one CUDA graph, which the host does not slow down."""
     run()
+    clear()  # a graph has memory of its own
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
@@ -268,6 +271,7 @@ def row_of(
         "ms": timed.ms,
         "low": min(timed.times),
         "high": max(timed.times),
+        "eager_ms": timed.eager_ms,
         "of_bound": bound / timed.ms,
         "link_gb_per_s": copied / timed.ms / 1e6,
         "tokens_per_s": tokens / timed.ms * 1e3,
