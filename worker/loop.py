@@ -244,6 +244,8 @@ class EngineLoop:
         alone = self.scheduler.holders == 1 and not any(pool.cached for pool in blocks.pools)
         left = [s for s in overfull if s.state is State.RUNNING]  # others have just failed
         if left and not alone:
+            for sequence in left:  # or what its own windows pass would fill the pool again
+                sequence.shares = False
             self.scheduler.give_way(left)
         for sequence in left if alone else ():
             error = Overloaded(

@@ -336,6 +336,15 @@ def test_deadline_ends_a_request(engine: Engine) -> None:
         stream.result()
 
 
+@pytest.mark.parametrize("name", ["meta", "mps", "nonsense", "cuda:99"])
+def test_devices_that_cannot_be_used_are_refused(
+    name: str, tiny_checkpoint: TinyCheckpoint
+) -> None:
+    with pytest.raises(ConfigError, match=f"device.*{name}") as refused:
+        Engine(tiny_checkpoint("1"), device=name)
+    assert len(str(refused.value)) < 400
+
+
 def test_full_queue_refuses(tiny_checkpoint: TinyCheckpoint) -> None:
     with Engine(tiny_checkpoint(1), **SMALL, max_sequences=1, max_waiting=2) as engine:
         streams = [engine.stream([5, 6], ignore_eos=True) for _ in range(3)]

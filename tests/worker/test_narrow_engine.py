@@ -116,6 +116,25 @@ def test_a_pool_that_one_sequence_fills_refuses_it(
     assert_no_row_leaked(engine, 8)
 
 
+@pytest.mark.parametrize("rows", [120, 160, 300])
+def test_a_pool_that_passed_blocks_fill_is_emptied_once(
+    rows: int, tiny_checkpoint: TinyCheckpoint, full: Callable[..., None]
+) -> None:
+    """A window moves on, and what it leaves to the prefix cache takes the rows that come next."""
+    full(rows)
+    draw = random.Random(3)
+    prompt = [draw.randrange(3, 290) for _ in range(60)]
+    settings = SMALL | {"max_step_tokens": 16}
+    with Engine(tiny_checkpoint(1), knobs=Knobs(max_error=0.005), **settings) as engine:
+        stream = engine.stream(prompt, max_tokens=8, **GREEDY)
+        try:
+            assert len(stream.result().token_ids) == 8
+        except Overloaded:
+            assert rows == 120
+        assert engine.load.preemptions == 1
+    assert_no_row_leaked(engine, rows)
+
+
 @pytest.fixture
 def full(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Gives pools so few rows."""

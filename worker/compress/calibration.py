@@ -39,18 +39,25 @@ def read_texts(path: Path) -> list[Text]:
         if path.suffix == ".jsonl":
             rows = [json.loads(line) for line in content.splitlines() if line.strip()]
             found = [
-                Text(str(row["text"]), str(row.get("language", "")), str(row.get("prompt", "")))
-                for row in rows
+                Text(*(_string(row, key) for key in ("text", "language", "prompt"))) for row in rows
             ]
         else:
             found = [Text(part) for part in content.split("\n\n") if part.strip()]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ConfigError(
-            f"{path} is no text to read ({error!r}); give a .jsonl with a `text` in each line, "
-            "or plain text in UTF-8"
+            f"{path} is no text to read ({type(error).__name__}: {error}); give a .jsonl with a "
+            "`text` in each line, or plain text in UTF-8"
         ) from error
     if not found:
         raise ConfigError(f"{path} has no text")
+    return found
+
+
+def _string(row: dict[str, Any], key: str) -> str:
+    """What a document has there; all but its text may be missing or null."""
+    found = row["text"] if key == "text" else row.get(key) or ""
+    if not isinstance(found, str):
+        raise TypeError(f"{key!r} is {found!r}")
     return found
 
 

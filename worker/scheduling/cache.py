@@ -234,7 +234,7 @@ class BlockManager:
     def commit(self, sequence: Sequence, computed: int) -> None:
         """Note that positions below `computed` are in the cache; let slid blocks go."""
         before, sequence.computed = sequence.computed, computed
-        if self.prefix_cache:
+        if self.prefix_cache and sequence.shares:
             self._hash_blocks(sequence, computed)
             for index in range(before // self.block_size, computed // self.block_size):
                 for pool, table in zip(self.pools, sequence.tables, strict=True):

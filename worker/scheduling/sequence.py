@@ -45,6 +45,9 @@ class Sequence:
     """First prompt position whose log-probability is wanted; at least 1."""
     max_error: float | None = None
     """Of its keys and values, where they are stored in narrow numbers; None for the engine's."""
+    shares: bool = True
+    """Whether the prefix cache gets its blocks; not once these, passed by a window, have left it
+    no room for second digits."""
     leader: "Sequence | None" = None
     """Sequence with the same prompt that computes it first, so that this one finds it cached."""
 

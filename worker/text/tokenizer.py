@@ -26,10 +26,12 @@ class Tokenizer:
     """The tokenizer and the generation defaults of one checkpoint folder.
 
     Raises:
-        CheckpointError: one of the files is there but unreadable.
+        CheckpointError: there is no such folder, or one of the files is there but unreadable.
     """
 
     def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder} is no folder; give that of a checkpoint")
         self._folder = folder
         self._tokenizer = _load(folder / "tokenizer.json")
         self._settings = _read_json(folder / "tokenizer_config.json")

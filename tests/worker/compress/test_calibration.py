@@ -52,12 +52,19 @@ def test_plain_text_is_cut_at_empty_lines(tmp_path: Path) -> None:
     assert read_texts(path) == [Text("one\nmore"), Text("two")]
 
 
+def test_all_but_a_text_may_be_missing(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "text.jsonl", [{"text": "x", "language": None}, {"text": ""}])
+    assert read_texts(path) == [Text("x"), Text("")]
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
         ("a.jsonl", b'{"text": 1'),
         ("a.jsonl", b'{"words": "x"}'),
         ("a.jsonl", b"[1]"),
+        ("a.jsonl", b'{"text": null}'),
+        ("a.jsonl", b'{"text": "x", "language": 3}'),
         ("a.txt", b"\xff\xfe\xfa"),
         ("a.txt", b"\n\n"),
     ],
@@ -66,6 +73,10 @@ def test_unreadable_text_is_refused(name: str, content: bytes, tmp_path: Path) -
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=name):
         read_texts(tmp_path / name)
+    (tmp_path / "long.txt").write_bytes(b"\xff" * 4000)
+    with pytest.raises(ConfigError) as refused:
+        read_texts(tmp_path / "long.txt")
+    assert len(str(refused.value)) < 400  # it does not tell all that it read
     with pytest.raises(ConfigError, match="nowhere"):
         read_texts(tmp_path / "nowhere.txt")
 

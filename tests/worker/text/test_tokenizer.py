@@ -50,6 +50,12 @@ def test_generation_defaults(byte_tokenizer: Tokenizer) -> None:
     assert byte_tokenizer.suppressed_ids == ()
 
 
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / "nowhere", Path(__file__)):
+        with pytest.raises(CheckpointError, match=path.name):
+            Tokenizer(path)
+
+
 def test_folder_without_tokenizer_serves_ids_only(tmp_path: Path) -> None:
     tokenizer = Tokenizer(tmp_path)
     assert tokenizer.decode([1, 2, 3]) == "" and tokenizer.stop_ids == ()
