@@ -134,5 +134,4 @@ def _blocks_of_one(group: CacheGroup, context: int, config: EngineConfig) -> int
 def _share(memory: int, block_bytes: Sequence[int], wanted: Sequence[int]) -> list[int]:
     """Shrink all groups by one factor until they fit; nobody gets more than they want."""
     total = sum(count * each for count, each in zip(wanted, block_bytes, strict=True))
-    factor = min(1.0, memory / total)
-    return [int(count * factor) for count in wanted]
+    return [min(count, count * memory // total) for count in wanted]

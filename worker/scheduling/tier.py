@@ -17,7 +17,7 @@ class Moves:
     """Copies of one cache group, to be made before the next step: first all to the host."""
 
     spilled: tuple[tuple[int, int], ...]
-    """(block, slot)"""
+    """(block, slot), each slot once: they may be made in any order"""
     restored: tuple[tuple[int, int], ...]
     """(slot, block)"""
 
@@ -40,7 +40,7 @@ class HostPool:
         self.spilled = self.restored = 0
         self._slot: OrderedDict[bytes, int] = OrderedDict()
         self._free = list(reversed(range(slots)))
-        self._spills: list[tuple[int, int]] = []
+        self._spills: dict[int, int] = {}  # by slot: the last block that goes there counts
         self._restores: dict[int, int] = {}  # by block
         self._claimed: set[int] = set()  # slots about to be read
 
@@ -61,7 +61,7 @@ class HostPool:
         slot = self._room()
         if slot is not None:
             self._slot[content] = slot
-            self._spills.append((block, slot))
+            self._spills[slot] = block
 
     def claim(self, content: bytes) -> int:
         """The slot with this content, which stays there until the moves are made."""
@@ -86,10 +86,10 @@ class HostPool:
     def take_moves(self) -> Moves:
         """What is to be copied before the next step; told once."""
         restored = tuple((slot, block) for block, slot in self._restores.items())
-        moves = Moves(tuple(self._spills), restored)
+        moves = Moves(tuple((block, slot) for slot, block in self._spills.items()), restored)
         self.spilled += len(moves.spilled)
         self.restored += len(moves.restored)
-        self._spills, self._restores = [], {}
+        self._spills, self._restores = {}, {}
         self._claimed.clear()
         return moves
 

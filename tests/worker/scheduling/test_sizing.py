@@ -42,6 +42,14 @@ def test_memory_is_never_exceeded() -> None:
     assert 0.9 * memory < plan.bytes <= memory
 
 
+def test_as_many_as_fit_exactly_fit() -> None:
+    for sequences in (49, 98, 103, 107, 161, 187, 196, 197):
+        wanted = config(max_context=1024, max_sequences=sequences, max_step_tokens=64)
+        blocks, size = 1024 // wanted.block_size, wanted.block_size
+        found = plan_cache(wanted, (FULL,), 4096, BYTES[:1], blocks * size * BYTES[0])
+        assert found.blocks == (blocks,)
+
+
 def test_kv_tokens_set_the_full_layers() -> None:
     plan = plan_cache(config(max_context=256, kv_tokens=512), (FULL, SLIDING), 4096, BYTES, 0)
     assert plan.blocks[0] == 32
