@@ -202,8 +202,7 @@ def expand(
     Equals `layouts.unpack`. KernelInputError if `out` is not contiguous, not aligned to 16 bytes,
     on another device, or of another shape or dtype than bfloat16, float16 and float32.
     """
-    stack = () if weight.experts is None else (weight.experts,)
-    shape = (*stack, weight.rows, weight.columns)
+    shape = weight.shape
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=weight.device)
     if tuple(out.shape) != shape or out.dtype not in _DTYPES or not out.is_contiguous():

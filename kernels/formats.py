@@ -42,7 +42,7 @@ TILE = 128
 GROUPS = (32, 64, 128)
 """Columns that can share a scale."""
 
-_FORMAT = re.compile(r"(?:(\d+):16|dense)-(?:int(\d+)-g(\d+)|bf16)")
+_FORMAT = re.compile(r"(?:([0-9]{1,2}):16|dense)-(?:int([0-9]{1,2})-g([0-9]{1,3})|bf16)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +173,12 @@ class PackedWeight:
         """E, or None of a weight that is not stacked."""
         single = 3 if self.format.dense else 4
         return self.codes.shape[0] if self.codes.dim() > single else None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[E?, R, K] of the dense weight."""
+        stack = () if self.experts is None else (self.experts,)
+        return (*stack, self.rows, self.columns)
 
     @property
     def tiles(self) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .errors import LayoutError
+from .errors import KernelInputError, LayoutError
 from .formats import (
     SPAN,
     TILE,
@@ -116,12 +116,23 @@ def unpack(
     """The dense weight [E?, R, K]: code * scale in float32, then rounded to `dtype`.
 
     Into `out`, if it is given, in whose dtype and strides a few rows are written at a time.
+    KernelInputError if it has another shape.
     """
+    if out is not None and tuple(out.shape) != packed.shape:
+        raise KernelInputError(f"out is {tuple(out.shape)}; it must be {packed.shape}")
     return _dense(packed, dtype, _values, out)
 
 
 def rows_at(packed: PackedWeight, index: Tensor) -> Tensor:
-    """float32 [n, K]: rows of a single weight by their numbers (int64 [n]); no others are read."""
+    """float32 [n, K]: rows of a single weight by their numbers (int64 [n]); no others are read.
+
+    KernelInputError if the weight is a stack, or `index` has another number of dimensions.
+    """
+    if packed.experts is not None or index.dim() != 1:
+        raise KernelInputError(
+            f"index is {tuple(index.shape)} of {'a stack' if packed.experts else 'a single weight'}"
+            "; it must be [n] of a single weight"
+        )
     tile, lane = index // TILE, index % TILE
     tensors = {
         name: tensor.movedim(-1, 1)[tile, lane].movedim(0, -1)
@@ -326,9 +337,7 @@ def _dense(
 ) -> Tensor:
     """[E?, R, K] of what `read` makes of a few rows of a single weight, [r, K]."""
     if output is None:
-        stack = () if packed.experts is None else (packed.experts,)
-        shape = (*stack, packed.rows, packed.columns)
-        output = torch.empty(shape, dtype=dtype, device=packed.device)
+        output = torch.empty(packed.shape, dtype=dtype, device=packed.device)
     for part, first, last in _blocks(packed):
         target = (output if packed.experts is None else output[part])[first:last]
         target.copy_(read(_slice(packed, part, first, last))[: target.shape[0]])

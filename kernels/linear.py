@@ -35,6 +35,8 @@ MANY = 256
 MOST_EXPANDED = 1 << 28
 """Weights that are written out dense at once: all of any layer, but not of a head."""
 
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
 _scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 _lock = threading.Lock()
 
@@ -84,6 +86,10 @@ def grouped_linear(
         )
     if weight.experts is None:
         raise KernelInputError("the weight is a single one; grouped_linear takes a stack")
+    if experts.device != weight.device:
+        raise KernelInputError(f"experts is on {experts.device}, the weight on {weight.device}")
+    if not 0 <= among <= weight.experts:
+        raise KernelInputError(f"among is {among}; the stack holds {weight.experts}")
     result: Tensor = torch.ops.conclave.grouped_linear(x, *_fields(weight), experts, gated, among)
     return result
 
@@ -94,13 +100,15 @@ def _fields(weight: PackedWeight) -> tuple[Tensor, Tensor | None, Tensor | None,
 
 
 def _check(x: Tensor, weight: PackedWeight, residual: Tensor | None, gated: bool) -> None:
-    if x.shape[-1] != weight.columns:
+    if not x.dim() or x.shape[-1] != weight.columns:
         raise KernelInputError(f"x is {tuple(x.shape)}; the weight has {weight.columns} columns")
     if gated and weight.rows % 2:
         raise KernelInputError(f"{weight.rows} rows are no pairs of gate and up")
     for name, tensor in (("x", x), ("residual", residual)):
         if tensor is not None and tensor.device != weight.device:
             raise KernelInputError(f"{name} is on {tensor.device}, the weight on {weight.device}")
+        if tensor is not None and tensor.dtype not in _DTYPES:
+            raise KernelInputError(f"{name} is {tensor.dtype}; it must be one of {_DTYPES}")
     wanted = (*x.shape[:-1], weight.rows)
     if residual is not None and tuple(residual.shape) != wanted:
         raise KernelInputError(f"the residual is {tuple(residual.shape)}; it must be {wanted}")

@@ -139,11 +139,14 @@ def grouped_linear(x: Tensor, weight: PackedWeight, experts: Tensor, gated: bool
             f"x is {tuple(x.shape)} and experts {experts.dtype} {tuple(experts.shape)}; "
             "they must be [T, K] and int32 [T]"
         )
-    if len(experts.unique_consecutive()) > len(experts.unique()):
+    found = experts.unique().tolist()
+    if len(experts.unique_consecutive()) > len(found):
         raise KernelInputError("equal experts must lie side by side; sort the tokens by them")
+    if found and not 0 <= found[0] <= found[-1] < weight.experts:
+        raise KernelInputError(f"experts are {found[0]} to {found[-1]} of {weight.experts}")
     rows = weight.rows // 2 if gated else weight.rows
     output = torch.empty(len(x), rows, dtype=x.dtype, device=x.device)
-    for index in experts.unique().tolist():
+    for index in found:
         own = experts == index
         product = _product(x[own], weight.expert(index))
         output[own] = (_gated(product) if gated else product).to(x.dtype)

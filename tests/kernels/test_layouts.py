@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conclave.kernels import layouts
-from conclave.kernels.errors import KernelError, LayoutError
+from conclave.kernels.errors import KernelError, KernelInputError, LayoutError
 from conclave.kernels.formats import padded
 from conclave.kernels.layouts import (
     Format,
@@ -133,6 +133,11 @@ def test_rows_alone(text: str, device: str) -> None:
         assert torch.equal(rows_at(packed, index), whole[index])
     given = torch.empty(whole.shape[::-1], dtype=torch.bfloat16, device=device).t()
     assert unpack(packed, out=given) is given and torch.equal(given, whole.bfloat16())
+    for wrong in (given[:-1], given[:, :-1], given[None]):
+        with pytest.raises(KernelInputError, match="out is"):
+            unpack(packed, out=wrong)
+    with pytest.raises(KernelInputError, match="single weight"):
+        rows_at(packed, index[None])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -270,6 +275,7 @@ def test_bytes_of_the_claim() -> None:
     [
         *("0:16-int4-g32", "17:16-int4-g32", "5:16-int3-g32", "5:16-int16-g64", "5:16-int4-g16"),
         *("dense-bf16", "5:16", "5:16-int4", "5:8-int4-g32", "dense-int4-g0", "", "int4"),
+        *("5" * 5000 + ":16-bf16", "\u0665:16-bf16"),
     ],
 )
 def test_no_such_format(text: str) -> None:

@@ -63,6 +63,13 @@ def test_what_does_not_fit_is_refused() -> None:
         "the weight on": lambda: linear(x.to("meta"), weight),
         "takes a stack": lambda: grouped_linear(x, weight, experts),
         "experts torch": lambda: grouped_linear(x, stack, experts.long()),
+        "experts is on": lambda: grouped_linear(x, stack, experts.to("meta")),
+        r"x is \(\)": lambda: linear(x[0, 0], weight),
+        "x is torch.int64": lambda: linear(x.long(), weight),
+        "x is torch.bool": lambda: gated_linear(x.bool(), weight),
+        "x is torch.complex64": lambda: grouped_linear(x + 0j, stack, experts),
+        "residual is torch.int32": lambda: linear(x, weight, torch.zeros_like(x[:, :1]).int()),
+        "among is 3": lambda: grouped_linear(x, stack, experts.to(x.device), among=3),
     }
     for message, call in wrong.items():
         with pytest.raises(KernelInputError, match=message):

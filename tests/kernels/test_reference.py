@@ -128,6 +128,8 @@ def test_linears_refuse_what_does_not_fit() -> None:
         ("single", lambda: grouped_linear(x, single, experts)),
         ("int32", lambda: grouped_linear(x, stack, experts.long())),
         ("int32", lambda: grouped_linear(x, stack, experts[:1])),
+        ("0 to 2 of 2", lambda: grouped_linear(x, stack, torch.tensor([0, 2]).int())),
+        ("-1 to 0 of 2", lambda: grouped_linear(x, stack, torch.tensor([-1, 0]).int())),
     ]
     for message, call in bad:
         with pytest.raises(KernelInputError, match=message):
