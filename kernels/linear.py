@@ -38,6 +38,8 @@ MOST_EXPANDED = 1 << 28
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 _scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+_recorded: dict[int, Tensor] = {}
+"""Scratch memory that CUDA graphs write to, by its address. Nothing tells when a graph is gone."""
 _lock = threading.Lock()
 
 
@@ -242,15 +244,21 @@ def _on_tensor_cores(x: Tensor, weight: PackedWeight) -> bool:
 
 
 def _expanded(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """Scratch memory for the dense weight, as large as the largest so far."""
+    """Scratch memory for the dense weight, as large as the largest so far.
+
+    What a CUDA graph records stays for good, also when a larger weight gets memory of its own.
+    """
     size = weight.rows * weight.columns
     key = (weight.device, dtype)
+    recording = torch.cuda.is_current_stream_capturing()
     with _lock:
         memory = _scratch.get(key)
         if memory is None or len(memory) < size:
-            if torch.cuda.is_current_stream_capturing():
+            if recording:
                 raise KernelInputError("call the layer once before a CUDA graph records it")
             memory = _scratch[key] = torch.empty(size, dtype=dtype, device=weight.device)
+        if recording:
+            _recorded[memory.data_ptr()] = memory
     return memory[:size].view(weight.rows, weight.columns)
 
 

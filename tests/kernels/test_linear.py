@@ -1,5 +1,6 @@
 """The op that models call: shapes, fake tensors, refusals; on a card all its paths and graphs."""
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -204,3 +205,43 @@ def test_recorded_in_a_graph(tokens: int) -> None:
     expected = linear(x, weight)
     assert not torch.equal(first, expected)
     assert all(torch.equal(each, expected) for each in recorded)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_scratch_memory_lives_as_long_as_a_graph_may(
+    recorded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what no graph has recorded is let go for a larger one."""
+    monkeypatch.setattr(module, "_scratch", {})
+    monkeypatch.setattr(module, "_recorded", {})
+    recording = False
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: recording)
+    small, large = (weight_of("5:16-int8-g64", rows, 64) for rows in (80, 200))
+    with pytest.raises(KernelInputError, match="call the layer once"):
+        recording = True
+        module._expanded(small, torch.float32)
+    recording = False
+    module._expanded(small, torch.float32)
+    memory = weakref.ref(module._scratch[small.device, torch.float32])
+    recording = recorded
+    module._expanded(small, torch.float32)
+    recording = False
+    module._expanded(large, torch.float32)
+    assert (memory() is not None) == recorded
+
+
+@on_card
+def test_a_graph_writes_to_nobody_elses_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A larger weight is expanded after it was recorded, and then memory is asked for."""
+    monkeypatch.setattr(module, "_scratch", {})
+    small, large = (weight_of("5:16-int8-g64", rows, 2048) for rows in (1024, 4096))
+    x = torch.randn(64, 2048, device="cuda", dtype=torch.bfloat16)
+    expected = linear(x, small)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = linear(x, small)
+    linear(x, large)
+    others = [torch.zeros(1024, 2048, device="cuda", dtype=torch.bfloat16) for _ in range(8)]
+    graph.replay()
+    assert torch.equal(recorded, expected)
+    assert not any(other.any() for other in others)
