@@ -50,12 +50,14 @@ def pack(
     without it the largest magnitudes do. `scales` [E?, K/group, R], or as they are stored, are
     rounded to bfloat16; without them each is the better of absmax/limit and absmax/(limit + 1) by
     squared error. Packing what `unpack` gives, with its `mask_of` and its scales, gives the same
-    bytes. LayoutError if something does not fit.
+    bytes. No gradient goes through. LayoutError if something does not fit, survivors that bfloat16
+    would round to infinity among it.
     """
     if weight.dim() not in (2, 3) or not weight.is_floating_point():
         raise LayoutError(
             f"a weight is a floating [R, K] or [E, R, K], not {weight.dtype} {tuple(weight.shape)}"
         )
+    weight = weight.detach()
     rows, columns = weight.shape[-2:]
     experts = weight.shape[0] if weight.dim() == 3 else None
     shapes = tensor_shapes(format, rows, columns, experts)
@@ -188,7 +190,7 @@ def _padded_scales(
     if "scales" not in shapes:
         raise LayoutError(f"{format} has no scales; leave them out")
     wanted, dtype = shapes["scales"]
-    stored = scales.to(dtype)
+    stored = scales.detach().to(dtype)
     *stack, tiles, groups, width = wanted
     if tuple(scales.shape) == (*stack, groups, rows):
         stored = _tiled(F.pad(stored, (0, tiles * width - rows))).movedim(0, len(stack))
@@ -246,6 +248,8 @@ def _pack_block(
             raise LayoutError(f"the mask keeps more than {format.kept} of 16 columns; {format}")
     tensors = {}
     codes = block.bfloat16()
+    if not format.group and not bool(codes.isfinite().all()):
+        raise LayoutError("the weight has values that bfloat16 rounds to infinity; scale it down")
     if format.group:
         grouped = block.unflatten(1, (-1, format.group))
         chosen = _best_scales(grouped, format.bits) if scales is None else scales.T.float()

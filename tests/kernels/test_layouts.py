@@ -177,6 +177,28 @@ def test_exact_values() -> None:
     assert torch.equal(unpack(packed, torch.bfloat16), torch.where(mask, weight, 0.0))
 
 
+def test_what_bfloat16_cannot_hold_is_refused_if_it_survives() -> None:
+    weight, mask = random_weight(17, 48, dtype=torch.float32), torch.zeros(17, 48).bool()
+    weight[3, 5], mask[:, 7] = -3.4e38, True
+    with pytest.raises(LayoutError, match="infinity; scale it down"):
+        pack(weight, Format.parse("5:16-bf16"))
+    assert unpack(pack(weight, Format.parse("5:16-bf16"), mask)).isfinite().all()
+    weight[3, 5] = torch.finfo(torch.bfloat16).max
+    assert unpack(pack(weight, Format.parse("5:16-bf16")))[3, 5] == weight[3, 5]
+
+
+@pytest.mark.parametrize("text", ["5:16-bf16", "5:16-int4-g64", "dense-int8-g64"])
+def test_no_gradient_goes_through(text: str) -> None:
+    weight, format = torch.nn.Parameter(random_weight(16, 64).float()), Format.parse(text)
+    scales = torch.nn.Parameter(torch.ones(1, 16)) if format.group else None
+    packed = [pack(weight, format), pack(weight, format, scales=scales)]
+    if scales is not None:
+        own = torch.nn.Parameter(scales_of(packed[0]))
+        packed.append(pack_codes(codes_of(packed[0]), format, own, mask_of(packed[0])))
+    for made in packed:
+        assert not any(tensor.requires_grad for tensor in made.tensors().values())
+
+
 @pytest.mark.parametrize("text", ["5:16-int4-g64", "5:16-int8-g64"])
 def test_groups_with_few_survivors_fill_up_with_zeros(text: str) -> None:
     weight, mask = random_weight(16, 64), torch.zeros(16, 64, dtype=torch.bool)
