@@ -78,7 +78,10 @@ class Format:
                 f"{text!r} is no format; write 5:16-int4-g128, 8:16-bf16, dense-int8-g64 or alike"
             )
         kept, bits, group = match.groups()
-        return cls(int(kept or SPAN), int(bits or 16), int(group or 0))
+        found = cls(int(kept or SPAN), int(bits or 16), int(group or 0))
+        if str(found) != text:
+            raise LayoutError(f"{text!r} is no format; write {found}")
+        return found
 
     def __str__(self) -> str:
         pattern = "dense" if self.dense else f"{self.kept}:16"

@@ -101,14 +101,17 @@ def pack_codes(
 
 
 def codes_of(packed: PackedWeight) -> Tensor:
-    """The codes of an integer format, int8 [E?, R, K]; zero where no weight survives."""
+    """The codes of an integer format, int8 [E?, R, K]; zero where no weight survives.
+
+    LayoutError of a bfloat16 format, as with `scales_of`.
+    """
+    _scales(packed)
     return _dense(packed, torch.int8, _codes)
 
 
 def scales_of(packed: PackedWeight) -> Tensor:
     """The scales of an integer format as they are stored, bfloat16 [E?, R, K/group]."""
-    assert packed.scales is not None, f"{packed.format} has no scales"
-    rows: Tensor = packed.scales.transpose(-1, -2).flatten(-3, -2)
+    rows: Tensor = _scales(packed).transpose(-1, -2).flatten(-3, -2)
     return rows[..., : packed.rows, :].contiguous()
 
 
@@ -176,6 +179,13 @@ def validate(packed: PackedWeight) -> None:
             if not bool((positions[:, 1:] > positions[:, :-1]).all()):
                 field = "codes" if packed.positions is None else "positions"
                 raise LayoutError(f"{field}: positions of a group must be distinct and ascend")
+
+
+def _scales(packed: PackedWeight) -> Tensor:
+    """As they lie; LayoutError if there are none."""
+    if packed.scales is None:
+        raise LayoutError(f"{packed.format} has values, no codes and scales; `unpack` gives them")
+    return packed.scales
 
 
 def _check_scales(scales: Tensor) -> None:

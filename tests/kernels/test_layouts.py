@@ -1,5 +1,6 @@
 """Packing against a plain reading of the table in `kernels/formats.py`, byte by byte."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -241,6 +242,13 @@ def test_codes_and_scales_there_and_back(text: str, experts: int | None) -> None
     assert all(torch.equal(own, weight.tensors()[name]) for name, own in same.tensors().items())
 
 
+@pytest.mark.parametrize("read", [codes_of, scales_of])
+def test_values_have_no_codes_and_scales(read: Callable[[PackedWeight], Tensor]) -> None:
+    packed = pack(random_weight(16, 64), Format.parse("5:16-bf16"))
+    with pytest.raises(LayoutError, match="5:16-bf16 has values, no codes"):
+        read(packed)
+
+
 def test_zero_and_tiny_weights() -> None:
     weight = torch.zeros(16, 64)
     weight[0, 0] = 1e-44
@@ -297,7 +305,8 @@ def test_bytes_of_the_claim() -> None:
     [
         *("0:16-int4-g32", "17:16-int4-g32", "5:16-int3-g32", "5:16-int16-g64", "5:16-int4-g16"),
         *("dense-bf16", "5:16", "5:16-int4", "5:8-int4-g32", "dense-int4-g0", "", "int4"),
-        *("5" * 5000 + ":16-bf16", "\u0665:16-bf16"),
+        *("5" * 5000 + ":16-bf16", "\u0665:16-bf16", "05:16-bf16", "16:16-int4-g64"),
+        *("5:16-int04-g64", "dense-int8-g064"),
     ],
 )
 def test_no_such_format(text: str) -> None:
