@@ -154,7 +154,8 @@ def mask_of(packed: PackedWeight) -> Tensor:
 def validate(packed: PackedWeight) -> None:
     """LayoutError, which names the field, unless `packed` is what kernels may be given.
 
-    Reads the positions and scales, so it waits for the device: for loading, not for each step.
+    Reads positions, scales and bfloat16 values, so it waits for the device: for loading, not for
+    each step.
     """
     shapes = tensor_shapes(packed.format, packed.rows, packed.columns, packed.experts)
     tensors = packed.tensors()
@@ -175,7 +176,9 @@ def validate(packed: PackedWeight) -> None:
         _check_scales(packed.scales)
     if not packed.format.dense:
         for part, first, last in _blocks(packed):
-            _, positions = _survivors(_slice(packed, part, first, last))
+            codes, positions = _survivors(_slice(packed, part, first, last))
+            if packed.format.bits == 16 and not bool(codes.isfinite().all()):
+                raise LayoutError("codes: values must be finite")
             if not bool((positions[:, 1:] > positions[:, :-1]).all()):
                 field = "codes" if packed.positions is None else "positions"
                 raise LayoutError(f"{field}: positions of a group must be distinct and ascend")

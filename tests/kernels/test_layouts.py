@@ -340,9 +340,15 @@ def test_weights_that_cannot_be_packed() -> None:
 def test_validate_names_the_field() -> None:
     packed = pack(random_weight(32, 64), Format.parse("5:16-int8-g64"))
     four = pack(random_weight(32, 64), Format.parse("5:16-int4-g64"))
+    exact = pack(random_weight(32, 64), Format.parse("5:16-bf16"))
+    nan, infinite = exact.codes.clone(), exact.codes.clone()
+    nan[0, 3, 4, 31], infinite[0, 0, 0, 0] = torch.nan, -torch.inf
     assert packed.positions is not None and packed.scales is not None
     swapped = four.codes[:, :, [1, 0, 2, 3, 4]].contiguous()
     shifted = torch.zeros(packed.codes.numel() + 1, dtype=torch.int8)[1:].view_as(packed.codes)
+    for values in (nan, infinite):
+        with pytest.raises(LayoutError, match="codes: values must be finite"):
+            validate(replace(exact, codes=values))
     bad = {
         "codes is torch.int16": replace(packed, codes=packed.codes.short()),
         "codes is": replace(packed, codes=packed.codes[:, 1:]),
