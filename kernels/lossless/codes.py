@@ -66,12 +66,12 @@ def encode(code: Code, tensor: Tensor) -> Tensor:
 
 
 def decode(code: Code, coded: Tensor, out: Tensor) -> None:
-    """The bytes that were encoded, into `out`, whatever its shape and dtype.
+    """The bytes that were encoded, uint8 [code.bytes], into `out`, whatever its shape and dtype.
 
     Both are contiguous and on the same device; on a card both begin at multiples of 16 bytes.
-    KernelInputError if something does not fit.
+    KernelInputError if something does not fit; nothing was read then.
     """
-    _check("coded", coded, code.bytes)
+    _check_coded(code, coded)
     _check("out", out, code.plain_bytes)
     if coded.device != out.device:
         raise KernelInputError(f"coded is on {coded.device}, out on {out.device}")
@@ -88,8 +88,16 @@ def used(code: Code, coded: Tensor) -> int:
 
     Whatever lies behind them changes nothing. Waits for the device that they are on.
     """
-    _check("coded", coded, code.bytes)
+    _check_coded(code, coded)
     return code.bytes if isinstance(code, RankCode) else exponents.used(code, coded)
+
+
+def _check_coded(code: Code, coded: Tensor) -> None:
+    _check("coded", coded, code.bytes)
+    if coded.dtype != torch.uint8 or coded.dim() != 1:
+        raise KernelInputError(
+            f"coded is {coded.dtype} {tuple(coded.shape)}; it must be uint8 [{code.bytes}]"
+        )
 
 
 def _check(name: str, tensor: Tensor, size: int) -> None:

@@ -290,6 +290,19 @@ def test_what_does_not_fit_is_refused() -> None:
         decode(code, torch.zeros(code.bytes, dtype=torch.uint8), spread.view(-1, 64).t())
 
 
+@pytest.mark.parametrize("code", [ExponentCode(8 * BLOCK), RankCode(5, 8, True)], ids=str)
+def test_what_is_coded_is_a_row_of_bytes(code: Code) -> None:
+    """Whatever else has as many bytes is not read, as nothing in it can be told apart."""
+    coded = torch.zeros(code.bytes, dtype=torch.uint8)
+    out = torch.full((code.plain_bytes,), 0xA5, dtype=torch.uint8)
+    for wrong in (coded.view(torch.int8), coded.view(torch.bfloat16), coded[None], coded.bool()):
+        with pytest.raises(KernelInputError, match=r"coded is .* it must be uint8 \["):
+            decode(code, wrong, out)
+        with pytest.raises(KernelInputError, match=r"coded is .* it must be uint8 \["):
+            used(code, wrong)
+    assert (out == 0xA5).all()
+
+
 @pytest.mark.parametrize(
     ("steps", "share"), [((-1, -2, 3), 1 / 2), ((-3, -4, -5), 1 / 4), ((20, -20, 60), 1 / 12)]
 )
