@@ -274,7 +274,7 @@ def _chosen(names: str) -> list[Target]:
 def main(
     targets: Annotated[str, typer.Option(help="Names, by commas; or nvidia, amd, all")] = "all",
     out: Annotated[Path, typer.Option(help="The folder for bundle.zip")] = PACKAGED.parent,
-    workers: Annotated[int, typer.Option(help="Processes that compile")] = 2,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that compile")] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="Say what was made as JSON")] = False,
 ) -> None:
     """Compile all kernels for all targets into one archive."""

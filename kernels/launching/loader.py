@@ -109,7 +109,9 @@ class Bundle:
             """The sha256 of each target's list."""
 
     def entries(self, target: str) -> dict[str, Entry]:
-        """What there is for a target, by the variants' names."""
+        """What there is for a target, by the variants' names; BundleError of an unknown one."""
+        if target not in self.targets:
+            raise BundleError(f"{self.path} has no {target}; it has {', '.join(self.targets)}")
         if target not in self._lists:
             content = self._read(f"{target}.json", self.targets[target])
             with self._reading():

@@ -8,6 +8,7 @@ import pytest
 import triton
 import triton.language as tl
 import typer
+from typer.testing import CliRunner
 
 from conclave.kernels.errors import BundleError, KernelInputError, KernelMissing
 from conclave.kernels.launching import bundle
@@ -72,6 +73,8 @@ def test_manifest_says_what_a_launch_and_a_reader_need(built: Path) -> None:
         assert (entry.warps, entry.threads, entry.scratch) == (8, 256, 2)
         assert 4 <= entry.registers <= 64 and not entry.spilled and not entry.stack
         assert archive.entries(target)[str(TOTALLED)].shared > 0
+    with pytest.raises(BundleError, match=r"has no sm_42; it has gfx1100, sm_89, sm_90"):
+        archive.entries("sm_42")
 
 
 def test_builds_are_the_same_whoever_compiles_and_where(built: Path, tmp_path: Path) -> None:
@@ -237,3 +240,10 @@ def test_command_builds_the_catalogue(
     with pytest.raises(typer.Exit):
         bundle.main(targets="sm_42", out=Path("out"), workers=0, as_json=False)
     assert "sm_42" in capsys.readouterr().err
+
+
+def test_command_refuses_fewer_than_no_workers(tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(bundle.main)
+    said = CliRunner().invoke(app, ["--workers", "-1", "--out", str(tmp_path)])
+    assert said.exit_code == 2 and "workers" in said.output
