@@ -34,6 +34,9 @@ MANY = 256
 """Tokens above which decoding for every 128 of them costs more than expanding once (an H100)."""
 MOST_EXPANDED = 1 << 28
 """Weights that are written out dense at once: all of any layer, but not of a head."""
+MOST_COPIES = 1 << 15
+"""Tokens that read a weight each, in one launch: a card's grid has room for 65,535. Of a power of
+two, parts of any width begin at multiples of 16 bytes."""
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -275,22 +278,29 @@ def _grouped_linear(
     among: int,
 ) -> Tensor:
     weight = PackedWeight(Format.parse(format), rows, x.shape[-1], codes, positions, scales)
-    stack = among or weight.experts or 1
-    sparsely = sparse.supports(weight.format, weight.columns)
-    if x.device.type != "cuda" or not (sparsely or dense.supports(weight.format, weight.columns)):
+    supported = any(op.supports(weight.format, weight.columns) for op in (sparse, dense))
+    if x.device.type != "cuda" or not supported:
         return reference.grouped_linear(x, weight, experts, gated)
-    x, experts = x.contiguous(), experts.contiguous()
     out = torch.empty(len(x), rows // 2 if gated else rows, dtype=x.dtype, device=x.device)
-    if len(x) > stack and _on_tensor_cores(x, weight):
+    _multiply_grouped(x.contiguous(), weight, out, experts.contiguous(), gated, among)
+    return out
+
+
+def _multiply_grouped(
+    x: Tensor, weight: PackedWeight, out: Tensor, experts: Tensor, gated: bool, among: int
+) -> None:
+    """`grouped_linear` into `out`, all on a card; as many tokens at once as a kernel takes."""
+    if len(x) > (among or weight.experts or 1) and _on_tensor_cores(x, weight):
         for first in range(0, len(x), MOST_TOKENS):
             part = slice(first, first + MOST_TOKENS)
             matmul(x[part], weight, out[part], experts=experts[part], gated=gated, among=among)
-    elif len(x):
-        op = dense.dense_gemv
-        if sparsely:
-            op = sparse.sparse_gather if torch.version.hip is not None else sparse_gemv
-        op(x, weight, out, experts=experts, gated=gated)
-    return out
+        return
+    op = dense.dense_gemv
+    if sparse.supports(weight.format, weight.columns):
+        op = sparse.sparse_gather if torch.version.hip is not None else sparse_gemv
+    for first in range(0, len(x), MOST_COPIES):
+        part = slice(first, first + MOST_COPIES)
+        op(x[part], weight, out[part], experts=experts[part], gated=gated)
 
 
 @_grouped_linear.register_fake

@@ -30,6 +30,8 @@ from .variant import ALIGNMENT, TYPES, Program, Variant, compile_variant
 
 __all__ = ["Kernel", "Variant", "allow_jit", "jit_count", "launches", "use_bundle"]
 
+MOST_BLOCKS = 65_535
+"""Of a grid along y and z, on any card; along x there may be 2^31 - 1."""
 _NOTHING: Mapping[str, Any] = {}
 
 
@@ -53,10 +55,17 @@ class Kernel(Program):
     ) -> None:
         """Puts the kernel into the current stream of the tensors' device.
 
-        `grid` has one to three sizes; nothing is launched if one is 0. `arguments` are all
-        parameters but the constants, in order, the first a tensor. `options` are more of Triton's
-        compile options. Raises `KernelInputError`, `KernelMissing` and `LaunchError`.
+        `grid` has one to three sizes, the second and third at most `MOST_BLOCKS`; nothing is
+        launched if one is 0. `arguments` are all parameters but the constants, in order, the first
+        a tensor. `options` are more of Triton's compile options. Raises `KernelInputError`,
+        `KernelMissing` and `LaunchError`.
         """
+        x, y, z = (*grid, 1, 1)[:3]
+        if y > MOST_BLOCKS or z > MOST_BLOCKS:
+            raise KernelInputError(
+                f"{self.name}: a grid of {x} x {y} x {z} blocks; a card takes {MOST_BLOCKS} along "
+                "y and z: give it less at once"
+            )
         if self._interpreted:
             return self._interpret(grid, arguments, constants)
         try:
@@ -87,7 +96,6 @@ class Kernel(Program):
             types = tuple(TYPES.get(kind, str(kind)) for kind in kinds)
             variant = Variant(self, types, constants, warps, stages, options=options)
             loaded = _load_once(key, variant, device)
-        x, y, z = (*grid, 1, 1)[:3]
         if x * y * z:
             loaded.launch(x, y, z, values)
 

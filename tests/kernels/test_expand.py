@@ -7,6 +7,7 @@ import torch
 
 from conclave.kernels.errors import KernelInputError
 from conclave.kernels.expand import expand
+from conclave.kernels.formats import from_tensors, tensor_shapes
 from conclave.kernels.layouts import Format, PackedWeight, pack, unpack
 
 pytestmark = pytest.mark.kernel
@@ -59,3 +60,14 @@ def test_expand_refuses_what_does_not_fit(device: torch.device) -> None:
             expand(weight, out)
     with pytest.raises(KernelInputError, match="out is"):
         expand(replace(weight, rows=12), right)
+
+
+def test_more_experts_than_a_grid_has_room_for_are_refused(device: torch.device) -> None:
+    format = Format.parse("1:16-int4-g32")
+    shapes = tensor_shapes(format, 1, 32, 65_536)
+    tensors = {
+        name: torch.empty(shape, dtype=dtype, device=device)
+        for name, (shape, dtype) in shapes.items()
+    }
+    with pytest.raises(KernelInputError, match="grid of 1 x 1 x 65536 blocks"):
+        expand(from_tensors(format, 1, 32, tensors))

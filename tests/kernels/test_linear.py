@@ -169,6 +169,45 @@ def test_tokens_sorted_by_expert(text: str, tokens: int, gated: bool) -> None:
     assert relative_error(grouped_linear(x, weight, experts, gated), wanted) <= most
 
 
+def test_tokens_that_read_a_weight_each_are_taken_in_parts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken = []
+
+    def few(
+        x: torch.Tensor,
+        weight: PackedWeight,
+        out: torch.Tensor,
+        experts: torch.Tensor,
+        gated: bool,
+    ) -> None:
+        taken.append(len(x))
+        out.copy_(reference.grouped_linear(x, weight, experts, gated))
+
+    monkeypatch.setattr(module, "sparse_gemv", few)
+    monkeypatch.setattr(module, "MOST_COPIES", 4)
+    weight = weight_of("5:16-int4-g64", 3, 80, 64)
+    x, out = torch.randn(10, 64, device=DEVICES[0]), torch.empty(10, 40, device=DEVICES[0])
+    experts = torch.tensor([2, 2, 2, 0, 0, 0, 0, 1, 1, 1], dtype=torch.int32, device=DEVICES[0])
+    module._multiply_grouped(x, weight, out, experts, True, 0)
+    assert taken == [4, 4, 2]
+    torch.testing.assert_close(out, reference.grouped_linear(x, weight, experts, True))
+
+
+@on_card
+@pytest.mark.parametrize("text", ["5:16-int4-g64", "dense-int8-g64"])
+def test_more_tokens_than_a_grid_has_room_for(text: str) -> None:
+    """In float16, for which there is no product by tensor cores; and of odd rows."""
+    weight = weight_of(text, 3, 75, 64)
+    x = torch.randn(70_001, 64, device="cuda", dtype=torch.float16)
+    experts = torch.randint(3, (len(x),), device="cuda").sort().values.int()
+    got = grouped_linear(x, weight, experts)
+    for expert in range(3):
+        own = experts == expert
+        expected = x[own].double() @ unpack(weight.expert(expert)).double().T
+        assert relative_error(got[own], expected) <= 1e-3
+
+
 @on_card
 @pytest.mark.parametrize("tokens", [1, 6, 7, 100, 1000, 5000])
 @pytest.mark.parametrize("text", ["5:16-int4-g64", "dense-int4-g64", "dense-int8-g64"])
