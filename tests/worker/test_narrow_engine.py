@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from conclave.worker import Engine, Knobs
 from conclave.worker.errors import InvalidRequest, Overloaded
@@ -101,6 +102,30 @@ def test_a_full_pool_preempts(tiny_checkpoint: TinyCheckpoint, full: Callable[..
     assert [stream.result().token_ids for stream in streams] == expected
     assert engine.load.preemptions > 0
     assert_no_row_leaked(engine, 1000)
+
+
+def test_a_step_without_memory_leaves_no_row_taken(
+    tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it stored is stored again: in new places, as nothing else gives rows back."""
+    folder, asked = tiny_checkpoint(1), prompts(8)
+    knobs = Knobs(max_error=0.005)
+    with Engine(folder, knobs=knobs, **SMALL) as roomy:
+        expected = [roomy.generate(each, max_tokens=12, **GREEDY).token_ids for each in asked]
+    engine = Engine(folder, knobs=knobs, **SMALL)
+    forward = engine.model.runner.forward
+
+    def short(chunks: list[Any]) -> torch.Tensor:
+        logits = forward(chunks)  # which is written when memory runs out
+        if len(chunks) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return logits
+
+    monkeypatch.setattr(engine.model.runner, "forward", short)
+    streams = [engine.stream(each, max_tokens=12, **GREEDY) for each in asked]
+    assert [stream.result().token_ids for stream in streams] == expected
+    assert engine.load.preemptions > 0
+    assert_no_row_leaked(engine)
 
 
 def test_a_pool_that_one_sequence_fills_refuses_it(
