@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from conclave.worker import Engine, Knobs
-from conclave.worker.errors import InvalidRequest, Overloaded
+from conclave.worker.errors import ConfigError, InvalidRequest, Overloaded
+from conclave.worker.model.config import ModelConfig
+from conclave.worker.narrow import expected_token_bytes
 from conclave.worker.running.caches import NarrowCaches
 from conclave.worker.running.runner import ModelRunner
 from conclave.worker.serving import wire
@@ -197,6 +199,26 @@ def test_what_was_stored_is_told(tiny_checkpoint: TinyCheckpoint) -> None:
     assert stored == {6}  # the last token of an answer is not stored
     for layer in (*full.layers, *sliding.layers):
         assert 0 < layer.seconds <= layer.heads and 0 < layer.largest <= 0.005
+
+
+@pytest.mark.parametrize(
+    ("layer", "sizes", "kind"),
+    [(2, {"head_dim": 32}, "sliding"), (3, {"num_key_value_heads": 1}, "full-attention")],
+)
+def test_layers_of_a_kind_that_differ_are_refused(
+    layer: int, sizes: dict[str, int], kind: str
+) -> None:
+    """A format, a block table and a pool serve all layers of a kind."""
+    config = ModelConfig.parse(
+        {
+            **{"model_type": "gemma4_text", "num_hidden_layers": 6, "head_dim": 16},
+            "layer_types": [f"{kind}_attention" for kind in ("sliding",) * 3 + ("full",) * 3],
+            "per_layer_config": {str(layer): sizes},
+        }
+    )
+    with pytest.raises(ConfigError, match=rf"{kind} layers.*layer {layer} .*leave it out"):
+        expected_token_bytes(config, 0.01, 2)
+    assert len(expected_token_bytes(config, None, 2)) == 2
 
 
 def test_a_request_may_ask_for_less_error(tiny_checkpoint: TinyCheckpoint) -> None:
