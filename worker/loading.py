@@ -71,11 +71,8 @@ class LoadedModel:
 
     @property
     def vocabulary(self) -> int:
-        """Token ids that may go in and come out: every table must have a row for them."""
-        sizes = [self.config.vocab_size]
-        if self.config.per_layer_input_size:
-            sizes.append(self.config.per_layer_vocab_size)
-        return min(sizes)
+        """Token ids that may go in and come out."""
+        return self.config.vocabulary
 
 
 def load_model(config: EngineConfig, progress: Progress | None = None) -> LoadedModel:

@@ -16,6 +16,7 @@ from conclave.worker.audit.reading import audit
 from conclave.worker.audit.storing import through_cache
 from conclave.worker.compress.__main__ import app
 from conclave.worker.compress.quality.evaluation import Document
+from conclave.worker.errors import ConfigError
 from conclave.worker.model.config import ModelConfig
 from conclave.worker.weights import load_decoder
 
@@ -67,6 +68,13 @@ def test_what_is_too_far_off_is_found(
     assert {place.side for place in near.errors.excesses} <= {"key", "value"}
     assert near.errors.excesses[0].error > 0.01
     assert far.held
+
+
+def test_ids_that_the_model_lacks_are_refused(tiny_checkpoint: TinyCheckpoint) -> None:
+    config = ModelConfig.load(tiny_checkpoint(1))
+    decoder = load_decoder(tiny_checkpoint(1), config, torch.device("cpu"), torch.float32)
+    with pytest.raises(ConfigError, match=r"document 3 has token id 512.*tokenizer"):
+        audit(decoder, [*DOCUMENTS, Document("en", (3, 4, 512))], ERRORS)
 
 
 def test_errors_are_those_of_the_two_vectors() -> None:
