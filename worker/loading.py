@@ -26,7 +26,14 @@ from .model.config import ModelConfig, cache_groups
 from .model.decoder import Decoder
 from .model.packed import pack_decoder, packable, round_decoder
 from .model.storage import Storage, storage_of
-from .narrow import expected_token_bytes, key_weights, kv_formats, second_share, token_bytes
+from .narrow import (
+    check_alike,
+    expected_token_bytes,
+    key_weights,
+    kv_formats,
+    second_share,
+    token_bytes,
+)
 from .precision import Precision
 from .running.caches import NarrowCaches, PlainCaches
 from .running.host_blocks import HostBlocks
@@ -64,11 +71,8 @@ class LoadedModel:
 
     @property
     def vocabulary(self) -> int:
-        """Token ids that may go in and come out: every table must have a row for them."""
-        sizes = [self.config.vocab_size]
-        if self.config.per_layer_input_size:
-            sizes.append(self.config.per_layer_vocab_size)
-        return min(sizes)
+        """Token ids that may go in and come out."""
+        return self.config.vocabulary
 
 
 def load_model(config: EngineConfig, progress: Progress | None = None) -> LoadedModel:
@@ -77,7 +81,8 @@ def load_model(config: EngineConfig, progress: Progress | None = None) -> Loaded
     Raises:
         CheckpointError: the folder does not hold a Gemma 4 checkpoint that can be run.
         ConfigError: the device is not there, weights or cache do not fit, a compressed checkpoint
-            would be packed again or is not as the knobs say.
+            would be packed again or is not as the knobs say, or layers of a kind are not alike and
+            `max_error` needs them to be.
     """
     try:
         return _load(config, progress)
@@ -112,6 +117,8 @@ def _load(config: EngineConfig, progress: Progress | None) -> LoadedModel:
             f"the tokenizer has {tokenizer.vocabulary_size} tokens, the model only "
             f"{model.vocab_size}: they do not belong together"
         )
+    if config.knobs.max_error is not None:
+        check_alike(model)
     blank = blank_decoder(model)
     format = None if is_compressed(folder) else weight_format(config)
     formats = formats_of(folder, model, blank, format)

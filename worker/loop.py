@@ -226,7 +226,10 @@ class EngineLoop:
         """Run fewer at once, as another process has taken memory; one that was alone is refused."""
         log.warning("no memory for a step of %d sequences: %s", len(sequences), error)
         if len(sequences) > 1:
-            self.scheduler.give_way(sequences[(len(sequences) + 1) // 2 :])
+            # Rows that the step took of a narrow cache come back with blocks that are given up. Who
+            # went on would store the same tokens again, with rows once more.
+            narrow = isinstance(self._model.runner.caches, NarrowCaches)
+            self.scheduler.give_way(sequences[0 if narrow else (len(sequences) + 1) // 2 :])
             return
         failure = Overloaded(
             "the device has too little memory left for one step, since something else uses it: end "

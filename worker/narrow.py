@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.attention.cache import BITS, KeyRule, KVFormat
+from .errors import ConfigError
 from .model.config import CacheGroup, LayerConfig, ModelConfig, cache_groups
 from .model.decoder import Decoder
 from .model.layers import rope_frequencies
@@ -42,6 +43,20 @@ def key_rule(layer: LayerConfig, weight: Tensor, positions: int, device: torch.d
     return KeyRule(weight.to(device), angles.cos(), angles.sin())
 
 
+def check_alike(config: ModelConfig) -> None:
+    """ConfigError if layers of a group differ in their heads: they could not share a format."""
+    for group in cache_groups(config):
+        first, *others = group.layers
+        for index in others:
+            if _heads(config.layers[index]) != _heads(config.layers[first]):
+                kind = "full-attention" if group.window is None else "sliding"
+                raise ConfigError(
+                    f"max_error needs {kind} layers that are alike; layer {first} has "
+                    f"{_heads(config.layers[first])}, layer {index} "
+                    f"{_heads(config.layers[index])}: leave it out for this model"
+                )
+
+
 def kv_formats(
     config: ModelConfig,
     groups: Sequence[CacheGroup],
@@ -52,8 +67,9 @@ def kv_formats(
 
     That is so for every value, and for a key that is stored. One that is made of a value which lies
     where k_norm's weight is next to nothing may be further off; storing it says so. `weights` are
-    the `key_weights` of the model.
+    the `key_weights` of the model. Raises ConfigError as `check_alike` does.
     """
+    check_alike(config)
     return tuple(_format(config, group, max_error, weights) for group in groups)
 
 
@@ -94,13 +110,14 @@ def expected_token_bytes(
     ]
 
 
+def _heads(layer: LayerConfig) -> str:
+    return f"{layer.kv_heads} key heads of {layer.head_dim} numbers"
+
+
 def _format(
     config: ModelConfig, group: CacheGroup, max_error: float, weights: Mapping[int, Tensor]
 ) -> KVFormat:
-    layers = [config.layers[index] for index in group.layers]
-    first = layers[0]
-    shapes = {(layer.kv_heads, layer.head_dim, layer.rope.pairs) for layer in layers}
-    assert len(shapes) == 1, "layers of a group differ"
+    first = config.layers[group.layers[0]]
     # Windows are told by how far back they reach, not by position, which making keys would need.
     # Where RoPE turns all columns, keys would have to be turned back whole: they are kept.
     made = group.window is None and all(index in weights for index in group.layers)

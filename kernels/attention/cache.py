@@ -38,6 +38,8 @@ STRICT = 1 - 2**-13
 """Errors are held to that much of what is allowed: they are measured in float32."""
 _SCALE_SLACK = 1 + 2**-7
 """How much larger than needed a scale is, at most: rounded up to bfloat16."""
+_LEAST_SCALE = 2.0**-126
+"""The smallest normal number, of bfloat16 too: the reciprocal of one below it may be infinite."""
 
 
 @dataclass(frozen=True, slots=True)

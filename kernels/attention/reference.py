@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ..reference import Pages
 from .cache import (
+    _LEAST_SCALE,
     _SCALE_SLACK,
     NONE,
     STRICT,
@@ -77,7 +78,8 @@ def store(
     cache.tally[0] += second.numel()
     cache.tally[1] += has.sum()
     if len(final):
-        torch.maximum(cache.largest, final.nan_to_num(0.0).max(), out=cache.largest)
+        finite = final.nan_to_num(0.0, posinf=0.0)
+        torch.maximum(cache.largest, finite.max(), out=cache.largest)
 
 
 def release(second: Tensor, overflow: Overflow, pages: Tensor) -> None:
@@ -182,8 +184,8 @@ def _digit(exact: Tensor, format: KVFormat) -> tuple[Tensor, Tensor]:
     needed = exact.abs().amax(-1) / format.limit
     scale = needed.bfloat16().float()
     scale = torch.where(scale < needed, needed * _SCALE_SLACK, needed).bfloat16().float()
-    inverse = torch.where(scale > 0, 1 / scale, 0.0)
-    return (exact * inverse[..., None]).round().clamp(-format.limit, format.limit), scale
+    scale = scale.clamp(min=_LEAST_SCALE)
+    return (exact * (1 / scale)[..., None]).round().clamp(-format.limit, format.limit), scale
 
 
 def _error(left: Tensor, exact: Tensor, format: KVFormat, rule: KeyRule | None) -> Tensor:
@@ -191,12 +193,23 @@ def _error(left: Tensor, exact: Tensor, format: KVFormat, rule: KeyRule | None) 
 
     Both are [T, sides, heads, head_dim].
     """
-    errors = left.norm(dim=-1) / exact.norm(dim=-1).clamp(min=1e-30)
+    errors = _relative(left, exact)
     if rule is not None:
         missing, whole = (turned_back(own, format) * rule.weight for own in (left, exact))
-        errors = errors.maximum(missing.norm(dim=-1) / whole.norm(dim=-1).clamp(min=1e-30))
+        errors = errors.maximum(_relative(missing, whole))
     largest: Tensor = errors.amax(1)
     return largest
+
+
+def _relative(left: Tensor, whole: Tensor) -> Tensor:
+    """||left|| / ||whole|| over the last dimension, 0 of zeros.
+
+    Both by the largest of `whole` first: squares of 1e-22 and of 1e20 are 0 and infinity.
+    """
+    largest = whole.abs().amax(-1, keepdim=True).clamp(min=_LEAST_SCALE)
+    lost, size = ((own / largest).norm(dim=-1) for own in (left, whole))
+    relative: Tensor = lost / size.clamp(min=1e-30)
+    return relative
 
 
 def _packed(codes: Tensor, format: KVFormat) -> Tensor:

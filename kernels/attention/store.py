@@ -25,7 +25,16 @@ from torch import Tensor
 
 from ..errors import KernelInputError
 from ..launching.launch import Kernel, Variant
-from .cache import _SCALE_SLACK, NONE, STRICT, KeyRule, KVFormat, NarrowCache, Overflow
+from .cache import (
+    _LEAST_SCALE,
+    _SCALE_SLACK,
+    NONE,
+    STRICT,
+    KeyRule,
+    KVFormat,
+    NarrowCache,
+    Overflow,
+)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST = 512
@@ -37,6 +46,7 @@ SHIPPED = tuple(
 """What the bundle holds; the number of heads is an argument."""
 _NONE = tl.constexpr(NONE)
 _SLACK = tl.constexpr(_SCALE_SLACK)
+_LEAST = tl.constexpr(_LEAST_SCALE)
 _RELEASED = 256
 """Places of a page that are looked at together."""
 
@@ -96,11 +106,10 @@ def _digit(exact, BITS: tl.constexpr):
     needed = tl.div_rn(largest, tl.full(largest.shape, LIMIT, tl.float32))
     scale = _nearest_bfloat16(needed)
     scale = _nearest_bfloat16(tl.where(scale < needed, needed * _SLACK, needed))
-    scale = tl.where(needed < float("inf"), scale, float("nan"))
-    inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), tl.where(scale > 0, scale, 1.0))
-    near = tl.where((scale > 0)[:, None], exact * inverse[:, None], 0.0)
+    scale = tl.where(needed < float("inf"), tl.maximum(scale, _LEAST), float("nan"))
+    inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
     # Adding 1.5 * 2^23 leaves no bits for a fraction: rounds to even.
-    codes = (near + 12582912.0) - 12582912.0
+    codes = (exact * inverse[:, None] + 12582912.0) - 12582912.0
     codes = tl.minimum(tl.maximum(codes, -LIMIT), LIMIT)
     return codes, scale, exact - codes * scale[:, None]
 
@@ -112,8 +121,14 @@ def _length(vectors):
 
 @triton.jit
 def _error(left, whole):
-    """The largest relative error of the sides; NaN if one is."""
-    return _largest(_length(left) / tl.maximum(_length(whole), 1e-30), 0)
+    """The largest relative error of the sides; NaN if one is.
+
+    Both times a power of two first, which brings the largest of `whole` to at least 1 and below 4
+    (denormals lower): squares of 1e-22 and of 1e20 are 0 and infinity.
+    """
+    exponent = _largest(whole, 1).to(tl.int32, bitcast=True) >> 23
+    unit = (tl.maximum(254 - exponent, 1) << 23).to(tl.float32, bitcast=True)[:, None]
+    return _largest(_length(left * unit) / tl.maximum(_length(whole * unit), 1e-30), 0)
 
 
 @triton.jit

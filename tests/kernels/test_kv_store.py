@@ -106,8 +106,8 @@ def errors_of(
         key = reference.made_keys(value, rule, slots)
     errors = []
     for exact, own in zip((key, value), written.read(slots, rule), strict=True):
-        lost = (own - exact.float()).norm(dim=-1)
-        errors.append(lost / exact.float().norm(dim=-1).clamp(min=1e-30))
+        lost, size = (each.double().norm(dim=-1) for each in (own.double() - exact, exact))
+        errors.append(torch.where(lost > 0, lost / size, 0.0 * lost))
     return torch.maximum(*errors)
 
 

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from conclave.worker import Engine, Knobs
-from conclave.worker.errors import InvalidRequest, Overloaded
+from conclave.worker.errors import ConfigError, InvalidRequest, Overloaded
+from conclave.worker.model.config import ModelConfig
+from conclave.worker.narrow import expected_token_bytes
 from conclave.worker.running.caches import NarrowCaches
 from conclave.worker.running.runner import ModelRunner
 from conclave.worker.serving import wire
@@ -103,6 +106,30 @@ def test_a_full_pool_preempts(tiny_checkpoint: TinyCheckpoint, full: Callable[..
     assert_no_row_leaked(engine, 1000)
 
 
+def test_a_step_without_memory_leaves_no_row_taken(
+    tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it stored is stored again: in new places, as nothing else gives rows back."""
+    folder, asked = tiny_checkpoint(1), prompts(8)
+    knobs = Knobs(max_error=0.005)
+    with Engine(folder, knobs=knobs, **SMALL) as roomy:
+        expected = [roomy.generate(each, max_tokens=12, **GREEDY).token_ids for each in asked]
+    engine = Engine(folder, knobs=knobs, **SMALL)
+    forward = engine.model.runner.forward
+
+    def short(chunks: list[Any]) -> torch.Tensor:
+        logits = forward(chunks)  # which is written when memory runs out
+        if len(chunks) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return logits
+
+    monkeypatch.setattr(engine.model.runner, "forward", short)
+    streams = [engine.stream(each, max_tokens=12, **GREEDY) for each in asked]
+    assert [stream.result().token_ids for stream in streams] == expected
+    assert engine.load.preemptions > 0
+    assert_no_row_leaked(engine)
+
+
 def test_a_pool_that_one_sequence_fills_refuses_it(
     tiny_checkpoint: TinyCheckpoint, full: Callable[..., None]
 ) -> None:
@@ -172,6 +199,26 @@ def test_what_was_stored_is_told(tiny_checkpoint: TinyCheckpoint) -> None:
     assert stored == {6}  # the last token of an answer is not stored
     for layer in (*full.layers, *sliding.layers):
         assert 0 < layer.seconds <= layer.heads and 0 < layer.largest <= 0.005
+
+
+@pytest.mark.parametrize(
+    ("layer", "sizes", "kind"),
+    [(2, {"head_dim": 32}, "sliding"), (3, {"num_key_value_heads": 1}, "full-attention")],
+)
+def test_layers_of_a_kind_that_differ_are_refused(
+    layer: int, sizes: dict[str, int], kind: str
+) -> None:
+    """A format, a block table and a pool serve all layers of a kind."""
+    config = ModelConfig.parse(
+        {
+            **{"model_type": "gemma4_text", "num_hidden_layers": 6, "head_dim": 16},
+            "layer_types": [f"{kind}_attention" for kind in ("sliding",) * 3 + ("full",) * 3],
+            "per_layer_config": {str(layer): sizes},
+        }
+    )
+    with pytest.raises(ConfigError, match=rf"{kind} layers.*layer {layer} .*leave it out"):
+        expected_token_bytes(config, 0.01, 2)
+    assert len(expected_token_bytes(config, None, 2)) == 2
 
 
 def test_a_request_may_ask_for_less_error(tiny_checkpoint: TinyCheckpoint) -> None:

@@ -15,6 +15,7 @@ from rich.table import Table as Shown
 from ..compress.calibration import read_texts
 from ..compress.console import errors_told, progress, stderr
 from ..compress.quality.reading import as_documents, evenly, load_unpacked
+from ..compress.quality.report import report_folder
 from ..errors import ConfigError
 from ..knobs import LEAST_ERROR, MOST_ERROR
 from ..loading import device_of
@@ -49,6 +50,9 @@ def audit(
         if dtype not in DTYPES:
             raise ConfigError(f"--dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
         where = device_of(device)
+        if out is not None:
+            pictures = (_picture(each) for each in limits)
+            report_folder(out, ("audit.json", "audit.md", *pictures))
         sample = as_documents(evenly(read_texts(text), documents), Tokenizer(model), length)
         decoder = load_unpacked(model, where, DTYPES[dtype])
         with progress("reading") as told:
@@ -76,14 +80,17 @@ def _limits(given: Sequence[float]) -> list[float]:
 
 
 def _write(report: Any, text: str, found: Sequence[Finding], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "audit.json").write_text(json.dumps(report, indent=1) + "\n")
     (folder / "audit.md").write_text(text)
     try:
         for each in found:
-            draw(each, folder / f"errors-{each.max_error:g}.png")
+            draw(each, folder / _picture(each.max_error))
     except ImportError:
         stderr.print("no pictures: they need matplotlib (pip install matplotlib)")
+
+
+def _picture(max_error: float) -> str:
+    return f"errors-{max_error:g}.png"
 
 
 def _show(found: Sequence[Finding]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..compress.quality.evaluation import (
     Document,
     Scores,
-    check_document,
+    check_documents,
     compare,
     hidden_states,
     summarize,
@@ -32,14 +32,13 @@ def audit(
 ) -> list[Finding]:
     """What storing narrowly does to this text, for each error allowed.
 
-    `told` is told (documents done, in all). Raises ConfigError for a document without anything to
-    predict.
+    `told` is told (documents done, in all). Raises ConfigError as `check_documents` does.
     """
+    check_documents(documents, decoder.config)
     longest = max(len(each.ids) for each in documents)
     ways = [Narrow(decoder, Storage.of(decoder, own, longest)) for own in max_errors]
     with torch.inference_mode():
         for number, document in enumerate(documents):
-            check_document(document, number + 1)
             exact = hidden_states(decoder, document)
             for way in ways:
                 way.read(document, number, exact)

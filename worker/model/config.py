@@ -82,6 +82,13 @@ class ModelConfig:
     per_layer_vocab_size: int
     layers: tuple[LayerConfig, ...]
 
+    @property
+    def vocabulary(self) -> int:
+        """Token ids that may go in and come out: every table must have a row for them."""
+        if not self.per_layer_input_size:
+            return self.vocab_size
+        return min(self.vocab_size, self.per_layer_vocab_size)
+
     @classmethod
     def load(cls, folder: Path) -> "ModelConfig":
         """Reads `folder`/config.json; raises CheckpointError where that cannot be."""

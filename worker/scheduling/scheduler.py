@@ -123,9 +123,12 @@ class Scheduler:
             self.blocks.discard(sequence)
 
     def give_way(self, sequences: Items[Sequence]) -> None:
-        """Preempt running sequences for which a step had no room; fewer then run for a while."""
+        """Preempt running sequences for which a step had no room; fewer then run for a while.
+
+        They are the first in the queue then, in order of arrival.
+        """
         self.most = max(1, min(self.most, self.holders) // 2)
-        for sequence in sequences:
+        for sequence in sorted(sequences, key=lambda sequence: sequence.arrival, reverse=True):
             self._preempt(sequence)
 
     @property

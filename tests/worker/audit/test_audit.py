@@ -16,6 +16,7 @@ from conclave.worker.audit.reading import audit
 from conclave.worker.audit.storing import through_cache
 from conclave.worker.compress.__main__ import app
 from conclave.worker.compress.quality.evaluation import Document
+from conclave.worker.errors import ConfigError
 from conclave.worker.model.config import ModelConfig
 from conclave.worker.weights import load_decoder
 
@@ -69,6 +70,13 @@ def test_what_is_too_far_off_is_found(
     assert far.held
 
 
+def test_ids_that_the_model_lacks_are_refused(tiny_checkpoint: TinyCheckpoint) -> None:
+    config = ModelConfig.load(tiny_checkpoint(1))
+    decoder = load_decoder(tiny_checkpoint(1), config, torch.device("cpu"), torch.float32)
+    with pytest.raises(ConfigError, match=r"document 3 has token id 512.*tokenizer"):
+        audit(decoder, [*DOCUMENTS, Document("en", (3, 4, 512))], ERRORS)
+
+
 def test_errors_are_those_of_the_two_vectors() -> None:
     exact = torch.tensor([[[3.0, 4.0], [0.0, 0.0]]])
     read = torch.tensor([[[3.0, 4.5], [0.0, 0.0]]])
@@ -107,3 +115,27 @@ def test_the_command(
     assert CliRunner().invoke(app, asked).exit_code == 1
     refused = CliRunner().invoke(app, [*asked[:-1], "0.9"])
     assert refused.exit_code != 0 and "0.001 to 0.5" in refused.output
+
+
+@pytest.mark.parametrize(
+    ("command", "out", "message"),
+    [
+        ("audit", "file", "no folder to write to (File exists)"),
+        ("audit", "file/in", "no folder to write to (Not a directory)"),
+        ("audit", "taken", "errors-0.03.png is a folder"),
+        ("evaluate", "file", "no folder to write to (File exists)"),
+        ("evaluate", "taken", "report.md is a folder"),
+    ],
+)
+def test_what_is_in_the_way_of_a_report_is_told_first(
+    command: str, out: str, message: str, tmp_path: Path
+) -> None:
+    """Before the text, which is not there, is looked for."""
+    (tmp_path / "file").touch()
+    for name in ("errors-0.03.png", "report.md"):
+        (tmp_path / "taken" / name).mkdir(parents=True)
+    asked = [command, str(tmp_path), "--text", str(tmp_path / "none"), "--device", "cpu"]
+    asked += ["--max-error", "0.03"] if command == "audit" else ["--original", str(tmp_path)]
+    done = CliRunner().invoke(app, [*asked, "--out", str(tmp_path / out)])
+    # A console breaks lines, and long names too.
+    assert done.exit_code == 1 and "".join(message.split()) in "".join(done.output.split())

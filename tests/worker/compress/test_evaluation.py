@@ -86,3 +86,15 @@ def test_nothing_to_predict(tiny_checkpoint: Checkpoint) -> None:
     full, changed = decoders(tiny_checkpoint("1"))
     with pytest.raises(ConfigError, match="document 2"):
         score(full, changed, [Document("", (3, 4)), Document("", (3,))])
+
+
+def test_ids_that_a_model_lacks(tiny_checkpoint: Checkpoint) -> None:
+    """Told before anything is read, also where only the per-layer table is short."""
+    whole, _ = decoders(tiny_checkpoint("5"))
+    short, _ = decoders(tiny_checkpoint("5-small-table"))
+    documents = [Document("", (3, 4)), Document("", (3, 300))]
+    told: list[tuple[int, int]] = []
+    assert len(score(whole, whole, documents)) == 2
+    with pytest.raises(ConfigError, match=r"document 2 has token id 300.*below 300"):
+        score(whole, short, documents, lambda *done: told.append(done))
+    assert not told

@@ -67,6 +67,17 @@ def test_latest_arrival_is_preempted_and_comes_back_first(make_sequence: MakeSeq
     assert list(it.waiting) == [second, third]
 
 
+def test_who_gives_way_comes_back_in_order_of_arrival(make_sequence: MakeSequence) -> None:
+    it = scheduler()
+    first, second, third, fourth = (make_sequence([1, 2, 3]) for _ in range(4))
+    for sequence in (first, second, third):
+        it.add(sequence)
+    run(it.schedule(0.0), it)
+    it.add(fourth)
+    it.give_way([second, third, first])
+    assert list(it.waiting) == [first, second, third, fourth]
+
+
 def test_preempted_share_is_taken_back(make_sequence: MakeSequence) -> None:
     """A victim that decodes already stands in the step when an older prompt needs its blocks."""
     it = scheduler(blocks=11, tokens=16, prefix_cache=False)

@@ -16,7 +16,7 @@ from ..console import errors_told, progress, stderr
 from ..reader import is_compressed
 from .evaluation import Summary, score, summarize
 from .reading import as_documents, evenly, load_unpacked
-from .report import Stored, as_json, as_markdown, draw, stored_weights
+from .report import FILES, Stored, as_json, as_markdown, draw, report_folder, stored_weights
 
 
 def evaluate(
@@ -32,6 +32,8 @@ def evaluate(
     """Perplexity, divergence and agreement against the original, by language."""
     with errors_told():
         where = device_of(device)
+        if out is not None:
+            report_folder(out, FILES)
         chosen = evenly(read_texts(text), documents)
         sample = as_documents(chosen, Tokenizer(original), length)
         pair = load_unpacked(original, where), load_unpacked(model, where)
@@ -41,7 +43,6 @@ def evaluate(
         parts = (summarize(scores), stored_weights(model) if is_compressed(model) else [])
         report = as_json(about, *parts)
         if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
             (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
             (out / "report.md").write_text(as_markdown(about, *parts))
             _draw(parts, out)

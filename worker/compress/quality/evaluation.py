@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
+from ...model.config import ModelConfig
 from ...model.decoder import Attention, Decoder, DenseAttention
 
 RESAMPLES = 1000
@@ -72,21 +73,28 @@ def score(
     documents: Sequence[Document],
     told: Callable[[int, int], None] = lambda done, documents: None,
 ) -> list[Scores]:
-    """Both models on each document. Raises ConfigError for one without anything to predict."""
+    """Both models on each document. Raises ConfigError as `check_documents` does."""
+    check_documents(documents, original.config, compressed.config)
     found = []
     with torch.inference_mode():
         for number, document in enumerate(documents, start=1):
-            check_document(document, number)
             pair = [(each, hidden_states(each, document)) for each in (original, compressed)]
             found.append(compare(document, pair))
             told(number, len(documents))
     return found
 
 
-def check_document(document: Document, number: int) -> None:
-    """ConfigError, which tells its number, if it has nothing to predict."""
-    if len(document.ids) <= max(1, document.start):
-        raise ConfigError(f"document {number} has no token to predict; leave it out")
+def check_documents(documents: Sequence[Document], *models: ModelConfig) -> None:
+    """ConfigError that names a document with nothing to predict, or with ids that a model lacks."""
+    vocabulary = min(model.vocabulary for model in models)
+    for number, document in enumerate(documents, start=1):
+        if len(document.ids) <= max(1, document.start):
+            raise ConfigError(f"document {number} has no token to predict; leave it out")
+        if max(document.ids) >= vocabulary:
+            raise ConfigError(
+                f"document {number} has token id {max(document.ids)}, but the model knows only ids "
+                f"below {vocabulary}: it and the tokenizer do not belong together"
+            )
 
 
 def compare(document: Document, pair: Sequence[tuple[Decoder, Tensor]]) -> Scores:

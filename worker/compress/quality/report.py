@@ -1,14 +1,38 @@
 """The report of `conclave evaluate`: what a compressed checkpoint takes, and what it costs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from ....kernels.formats import SPAN, Format, packed_bytes
+from ...errors import ConfigError
 from ..manifest import MANIFEST, read_manifest
 from .evaluation import Summary
+
+FILES = ("report.json", "report.md", "languages.png", "layers.png")
+
+
+def report_folder(folder: Path, names: Iterable[str]) -> None:
+    """Makes the folder of a report, before the work that it will tell of.
+
+    Raises ConfigError if files of these names cannot be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"--out: {folder} is no folder to write to ({error.strerror}); name another"
+        ) from error
+    for path in map(folder.joinpath, names):
+        if path.is_dir():
+            raise ConfigError(
+                f"--out: {path} is a folder, where the report has a file; name another"
+            )
 
 
 @dataclass(frozen=True, slots=True)
