@@ -10,6 +10,7 @@ of NUMA node; pages lie where they were filled.
 import mmap
 import resource
 from collections.abc import Iterable
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -78,7 +79,8 @@ class HostBlock:
 def release(blocks: Iterable[HostBlock], device: torch.device) -> None:
     """Close blocks, once nothing on the device copies from them any more."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        with suppress(RuntimeError):  # a device that broke copies nothing
+            torch.cuda.synchronize(device)
     for block in blocks:
         block.close()
 

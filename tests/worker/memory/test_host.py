@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conclave.worker.errors import ConfigError
-from conclave.worker.memory.host import HostBlock, refusal
+from conclave.worker.memory.host import HostBlock, refusal, release
 
 
 def test_a_block_has_the_bytes_asked_for() -> None:
@@ -60,3 +60,13 @@ def test_a_refusal_names_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "may lock 0.00781 GiB" in refusal(1 << 30, "why")
     monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY,) * 2)
     assert "may lock unlimited" in refusal(1 << 30, "why")
+
+
+def test_blocks_are_released_though_the_device_broke(monkeypatch: pytest.MonkeyPatch) -> None:
+    def synchronize(device: torch.device) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    block = HostBlock(5000)
+    release([block], torch.device("cuda"))
+    assert block.size == 0
