@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from .errors import ConfigError
-from .knobs import Knobs
+from .knobs import MOST_GIB, Knobs
 
 FLEET_SECRET = "CONCLAVE_FLEET_SECRET"
 """Environment variable with the secret of a fleet; without it every fleet makes one of its own."""
@@ -50,9 +50,9 @@ class EngineConfig(BaseModel):
     """Tokens in one block of the KV cache."""
     kv_tokens: int | None = Field(default=None, gt=0)
     """Tokens the KV cache holds in full-attention layers; None fits it to the memory."""
-    kv_memory_gib: float | None = Field(default=None, gt=0)
+    kv_memory_gib: float | None = Field(default=None, gt=0, le=MOST_GIB)
     """Memory for the KV cache in GiB; None takes a share of what is free after loading."""
-    kv_host_gib: float | None = Field(default=None, gt=0)
+    kv_host_gib: float | None = Field(default=None, gt=0, le=MOST_GIB)
     """Host memory, locked, for keys and values that have lost their place on the device: of
     sequences that were preempted or sit idle, and of prompts read before. They come back from
     there instead of being computed again."""

@@ -159,10 +159,12 @@ def test_a_broken_engine_answers_and_lets_the_host_s_memory_go(
         made.append(self)
 
     monkeypatch.setattr(HostBlock, "__init__", kept)
-    settings = {"max_context": 96, "block_size": 4, "threads": 1, "device": "cpu"}
-    few = {"max_sequences": 4, "max_step_tokens": 32, "kv_host_gib": 0.01}
+    settings: dict[str, Any] = {
+        **{"max_context": 96, "block_size": 4, "threads": 1, "device": "cpu"},
+        **{"max_sequences": 4, "max_step_tokens": 32, "kv_host_gib": 0.01},
+    }
     knobs = Knobs(memory_budget=0.0168)  # hardly more than the least
-    engine = Engine(tiny_checkpoint(1), knobs=knobs, **settings, **few)
+    engine = Engine(tiny_checkpoint(1), knobs=knobs, **settings)
     assert engine.load.stream is not None and len(made) == engine.load.stream.layers + 2
 
     def fail() -> None:

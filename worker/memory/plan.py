@@ -15,7 +15,7 @@ from ..config import EngineConfig
 from ..errors import ConfigError
 from ..model.config import ModelConfig, cache_groups
 from ..model.storage import Storage
-from ..scheduling.sizing import HOST_BUFFER, LANES, cache_bytes, context_of
+from ..scheduling.sizing import HOST_BUFFER, LANES, cache_bytes, context_of, enough_gib
 from ..scheduling.workspace import workspace
 from .experts.slots import ExpertSlots, choose_slots, fewest_slots
 from .residency import Residency, choose, choose_cheaper, least, least_of_either
@@ -150,7 +150,7 @@ def _too_small(budget: int, parts: dict[str, int]) -> str:
     listed = ", ".join(f"{gib(size)} {name}" for name, size in parts.items())
     return (
         f"knobs.memory_budget is {gib(budget)}, but the least for this model is "
-        f"{gib(sum(parts.values()))} ({listed}); raise it, or lower max_step_tokens, "
+        f"{enough_gib(sum(parts.values()))} GiB ({listed}); raise it, or lower max_step_tokens, "
         "max_sequences, max_context or knobs.prefetch, or make the weights smaller (the knobs "
         "weight_bits and sparsity, or `conclave compress`)"
     )
