@@ -1,5 +1,7 @@
 """Host memory: exact sizes, and errors that say what to change."""
 
+import errno
+import mmap
 import resource
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +23,17 @@ def test_a_block_has_the_bytes_asked_for() -> None:
     assert block.size == 5_000 and block.memory.data_ptr() == place and (block.memory == 7).all()
     block.close()
     assert block.size == 0
+
+
+def test_a_kernel_without_huge_pages_has_blocks_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pages(mmap.mmap):
+        def madvise(self, *_: int) -> None:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", Pages)
+    block = HostBlock(5000)
+    assert block.size == 5000
+    block.close()
 
 
 def test_memory_that_is_not_there_is_refused() -> None:
