@@ -75,14 +75,22 @@ class EngineConfig(BaseModel):
     threads: Count | None = None
     """CPU threads for torch; None takes what torch would, but leaves one core to the rest."""
 
-    @model_validator(mode="after")
-    def _one_cache_size(self) -> "EngineConfig":
+    @property
+    def cache_knob(self) -> str | None:
+        """The setting that sizes the KV cache; None leaves that to the memory."""
+        return next(iter(self._cache_knobs()), None)
+
+    def _cache_knobs(self) -> list[str]:
         given = {
             "kv_tokens": self.kv_tokens,
             "kv_memory_gib": self.kv_memory_gib,
             "knobs.memory_budget": self.knobs.memory_budget,
         }
-        names = [name for name, value in given.items() if value is not None]
+        return [name for name, value in given.items() if value is not None]
+
+    @model_validator(mode="after")
+    def _one_cache_size(self) -> "EngineConfig":
+        names = self._cache_knobs()
         if len(names) > 1:
             raise ValueError(f"{' and '.join(names)} both size the KV cache; give one, not both")
         return self
