@@ -149,6 +149,6 @@ def balance(
 def _seconds(layer: LayerConfig, stored: LayerStorage, tokens: int, rates: Rates) -> float:
     """Of one layer, all its weights at hand."""
     each = 0.0 if layer.experts is None else layer.experts.active / layer.experts.count
-    read = stored.block - stored.expert_block * (1 - min(1.0, tokens * each))
+    read = stored.read(tokens, layer.experts)
     operations = 2 * tokens * (stored.weights + stored.expert_weights * each)
     return max(read / rates.memory, operations / rates.compute) + rates.overhead

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from conclave.kernels.formats import Format
@@ -31,7 +31,7 @@ def sizes(name: str, format: str | None) -> tuple[ModelConfig, Storage]:
     return model, storage_of(blank, formats, torch.bfloat16, packed=True)
 
 
-INT4_EXPERTS = sizes("26b", "dense-int4-g64")
+INT4_EXPERTS, SPARSE_EXPERTS = sizes("26b", "dense-int4-g64"), sizes("26b", "5:16-int4-g64")
 DENSE, INT4, EXPERTS = sizes("31b", None), sizes("31b", "dense-int4-g64"), sizes("26b", None)
 
 
@@ -108,6 +108,29 @@ def test_where_experts_have_slots() -> None:
     model, storage = INT4
     plain = plan_of(model, storage, 16 * GIB, **SLOTTED)
     assert plain.experts is None and plain.residency.streamed
+
+
+@pytest.mark.parametrize("sequences", [1, 8])
+@pytest.mark.parametrize("experts", [True, False])
+@pytest.mark.parametrize("prefetch", [None, False])
+@given(st.floats(2, 50), st.floats(1, 1.5))
+@example(7, 1.125)  # where the cache begins to have a share
+@example(46.2, 1.002)  # where few plain layers begin to be better than coded ones
+def test_more_memory_makes_no_token_slower(
+    prefetch: bool | None, experts: bool, sequences: int, budget: float, times: float
+) -> None:
+    fields = {"max_sequences": sequences, "stream_experts": experts, **knobs(prefetch=prefetch)}
+    for model, storage in (EXPERTS, INT4_EXPERTS, SPARSE_EXPERTS):
+        seconds: list[float] = []
+        for size in (budget, budget * times):
+            try:
+                plan = plan_of(model, storage, size * GIB, **fields)
+            except ConfigError:
+                assert not seconds, "less was enough"
+                continue
+            own = plan.residency, plan.ahead, 1, H100, plan.experts
+            seconds.append(forecast(model, storage, *own).seconds)
+        assert seconds == sorted(seconds, reverse=True)
 
 
 def least_of(model: ModelConfig, storage: Storage, **fields: object) -> int:
