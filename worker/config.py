@@ -6,12 +6,12 @@ Frozen pydantic models; unknown keys are refused; every default stands here and 
 import ipaddress
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from .errors import ConfigError
-from .knobs import Knobs
+from .knobs import MOST_GIB, Knobs
 
 FLEET_SECRET = "CONCLAVE_FLEET_SECRET"
 """Environment variable with the secret of a fleet; without it every fleet makes one of its own."""
@@ -20,6 +20,8 @@ FLEET_SECRET_KEY = "conclave-fleet"
 FLEET_SECRET_LENGTH = 16
 """The shortest that is taken."""
 
+Count = Annotated[int, Field(gt=0, lt=2**31)]
+"""More is a mistake, and what follows from it may not even be a number."""
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -40,19 +42,19 @@ class EngineConfig(BaseModel):
     loading packs them by magnitude alone; None leaves them to the knobs."""
     knobs: Knobs = Knobs()
     """How much of the model is kept, and what it may take; see docs/knobs.md."""
-    max_context: int | None = Field(default=None, gt=0)
+    max_context: Count | None = None
     """Longest prompt plus answer in tokens; None takes the model's own limit, at most 8192."""
-    max_sequences: int = Field(default=64, gt=0)
+    max_sequences: Count = 64
     """Sequences that may run in one step."""
-    max_step_tokens: int = Field(default=512, gt=0)
+    max_step_tokens: Count = 512
     """Tokens computed in one step; longer prompts are prefilled in chunks of at most this."""
-    block_size: int = Field(default=16, gt=0)
+    block_size: Count = 16
     """Tokens in one block of the KV cache."""
-    kv_tokens: int | None = Field(default=None, gt=0)
+    kv_tokens: Count | None = None
     """Tokens the KV cache holds in full-attention layers; None fits it to the memory."""
-    kv_memory_gib: float | None = Field(default=None, gt=0)
+    kv_memory_gib: float | None = Field(default=None, gt=0, le=MOST_GIB)
     """Memory for the KV cache in GiB; None takes a share of what is free after loading."""
-    kv_host_gib: float | None = Field(default=None, gt=0)
+    kv_host_gib: float | None = Field(default=None, gt=0, le=MOST_GIB)
     """Host memory, locked, for keys and values that have lost their place on the device: of
     sequences that were preempted or sit idle, and of prompts read before. They come back from
     there instead of being computed again."""
@@ -66,21 +68,29 @@ class EngineConfig(BaseModel):
     """Reuse the KV blocks of a prompt's beginning that an earlier request has computed."""
     max_logprobs: int = Field(default=64, ge=0)
     """Most candidates a request may ask for at each token."""
-    max_outputs: int = Field(default=16, gt=0)
+    max_outputs: Count = 16
     """Most answers (`n`) a request may ask for."""
-    max_waiting: int = Field(default=1024, gt=0)
+    max_waiting: Count = 1024
     """Sequences that may wait; a further request is refused with RESOURCE_EXHAUSTED."""
-    threads: int | None = Field(default=None, gt=0)
+    threads: Count | None = None
     """CPU threads for torch; None takes what torch would, but leaves one core to the rest."""
 
-    @model_validator(mode="after")
-    def _one_cache_size(self) -> "EngineConfig":
+    @property
+    def cache_knob(self) -> str | None:
+        """The setting that sizes the KV cache; None leaves that to the memory."""
+        return next(iter(self._cache_knobs()), None)
+
+    def _cache_knobs(self) -> list[str]:
         given = {
             "kv_tokens": self.kv_tokens,
             "kv_memory_gib": self.kv_memory_gib,
             "knobs.memory_budget": self.knobs.memory_budget,
         }
-        names = [name for name, value in given.items() if value is not None]
+        return [name for name, value in given.items() if value is not None]
+
+    @model_validator(mode="after")
+    def _one_cache_size(self) -> "EngineConfig":
+        names = self._cache_knobs()
         if len(names) > 1:
             raise ValueError(f"{' and '.join(names)} both size the KV cache; give one, not both")
         return self

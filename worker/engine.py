@@ -226,14 +226,13 @@ class Engine:
         self.generate([0] * max(1, room), max_tokens=2, temperature=0.0, ignore_eos=True)
 
     def close(self) -> None:
-        """Stop the thread; open requests end with Unavailable."""
+        """Stop the thread and release the host's memory; open requests end with Unavailable."""
         with self._admission:
-            if self._closed:
-                return
             self._closed = True
         self._commands.put(lambda: None)  # wakes the thread up
         self._thread.join()
-        self.model.runner.close()
+        with self._admission:  # also if the thread broke; a second time there is nothing left
+            self.model.runner.close()
 
     def __enter__(self) -> Self:
         return self
@@ -281,9 +280,13 @@ class Engine:
             log.exception("the engine broke; it takes no more requests")
         with self._admission:
             self._closed = True
-        self._obey(0.0)
-        self._loop.fail_all(Unavailable("the engine was closed"))
-        self._deliver()
+        try:
+            self._obey(0.0)
+            self._loop.fail_all(Unavailable("the engine was closed"))
+            self.load = self._loop.state()
+        except Exception:
+            log.exception("the engine broke; its last state is not known")
+        self._loop.deliver()
 
     def _obey(self, pause: float | None) -> None:
         """Run all commands that are there; wait for one as long as there is nothing to compute."""

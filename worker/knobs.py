@@ -17,6 +17,8 @@ from .precision import Precision
 MOST_SPARSITY = 0.75
 """What 4:16 prunes."""
 WEIGHT_BITS = (4, 8, 16)
+MOST_GIB = 2.0**20
+"""Of any memory: more is a mistake, and would not even be a number of bytes."""
 MOST_AHEAD, AHEAD = 8, 2
 """Layers that are copied ahead of the one that runs: at most, and by default. Two, with a slot
 for each layer beside them, keep the link busy although copies take longer at times."""
@@ -85,7 +87,7 @@ class Knobs(BaseModel):
             number = float(text.removesuffix("%"))
         except ValueError:
             number = math.nan
-        if not 0 < number <= (100 if text.endswith("%") else 2**20):
+        if not 0 < number <= (100 if text.endswith("%") else MOST_GIB):
             raise ValueError('give GiB, such as 12.5, or a share of the memory, such as "60%"')
         return value if text.endswith("%") else number
 

@@ -17,7 +17,7 @@ from .compress.manifest import MANIFEST, read_manifest
 from .compress.reader import check_settings, is_compressed, load_compressed, read_list
 from .config import EngineConfig
 from .errors import CheckpointError, ConfigError
-from .memory.device import cache_memory, free_memory, library_memory, memory_of
+from .memory.device import cache_memory, free_memory, host_memory, library_memory, memory_of
 from .memory.experts.cache import ExpertCache
 from .memory.plan import Plan, gib, plan_memory
 from .memory.streaming.coded import stream_of
@@ -84,10 +84,21 @@ def load_model(config: EngineConfig, progress: Progress | None = None) -> Loaded
             would be packed again or is not as the knobs say, or layers of a kind are not alike and
             `max_error` needs them to be.
     """
+    # Errors in words: whoever keeps them would keep all that was loaded with them.
+    try:
+        return _load_as_coded(config, progress)
+    except torch.OutOfMemoryError as error:
+        text = str(error)
+    knob = config.cache_knob
+    remedy = f"lower {knob}" if knob else "give knobs.memory_budget, so that layers are streamed"
+    raise ConfigError(f"{config.model} has no room: {text}: {remedy}, or end what else runs there")
+
+
+def _load_as_coded(config: EngineConfig, progress: Progress | None) -> LoadedModel:
+    """See `load_model`; raises OutOfMemoryError too."""
     try:
         return _load(config, progress)
     except CodeError as error:
-        # In words: whoever keeps the record would keep all that was loaded with the error.
         text = str(error)
         log.warning("%s is loaded again, as if stream_coded were false: %s", config.model, text)
     if torch.cuda.is_available():  # what the first attempt took
@@ -126,6 +137,7 @@ def _load(config: EngineConfig, progress: Progress | None) -> LoadedModel:
     if is_compressed(folder):
         check_knobs(config, storage)
     budget = _plan(config, model, storage, device, dtype)
+    _check_cache(config, model, storage, budget, device, dtype)
     stream = _stream(budget, device)
     with ExitStack() as undo:
         if stream is not None:
@@ -349,3 +361,27 @@ def _plan(
     bytes_each = expected_token_bytes(model, config.knobs.max_error, dtype.itemsize)
     library = library_memory(device)
     return plan_memory(config, model, storage, budget, dtype.itemsize, bytes_each, library)
+
+
+def _check_cache(
+    config: EngineConfig,
+    model: ModelConfig,
+    storage: Storage,
+    budget: Plan | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """ConfigError, before anything is loaded, if the cache that is asked for has no room."""
+    groups, context = cache_groups(model), model.max_position_embeddings
+    bytes_each = expected_token_bytes(model, config.knobs.max_error, dtype.itemsize)
+    memory = memory_of(device) if budget is None else budget.cache
+    cache = plan_cache(config, groups, context, bytes_each, memory).bytes
+    weights = storage.bytes if budget is None else budget.rest + budget.weights
+    if device.type == "cuda":  # what was let go before is free as well
+        torch.cuda.empty_cache()
+    free = free_memory(device) if device.type == "cuda" else host_memory()
+    if config.cache_knob is not None and weights + cache > free:
+        raise ConfigError(
+            f"the KV cache takes {gib(cache)} and weights {gib(weights)}, but {device} has "
+            f"{gib(free)} free: lower {config.cache_knob}"
+        )

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from conclave.worker import Engine
+from conclave.worker import Engine, Knobs
 from conclave.worker.errors import Unavailable
+from conclave.worker.memory.host import HostBlock
 from conclave.worker.running.batch import Chunk
 from conclave.worker.running.caches import PlainCaches
 
@@ -144,3 +145,36 @@ def test_hung_engine_is_seen_by_its_age(
             stepper.open()
             time.sleep(0.2)
             assert engine.step_age == 0, "nor has one whose callers think"
+
+
+@pytest.mark.parametrize("broken", ["turn", "state"])
+def test_a_broken_engine_answers_and_lets_the_host_s_memory_go(
+    tiny_checkpoint: TinyCheckpoint, broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[HostBlock] = []
+    block = HostBlock.__init__
+
+    def kept(self: HostBlock, *args: Any, **kwargs: Any) -> None:
+        block(self, *args, **kwargs)
+        made.append(self)
+
+    monkeypatch.setattr(HostBlock, "__init__", kept)
+    settings: dict[str, Any] = {
+        **{"max_context": 96, "block_size": 4, "threads": 1, "device": "cpu"},
+        **{"max_sequences": 4, "max_step_tokens": 32, "kv_host_gib": 0.01},
+    }
+    knobs = Knobs(memory_budget=0.0168)  # hardly more than the least
+    engine = Engine(tiny_checkpoint(1), knobs=knobs, **settings)
+    assert engine.load.stream is not None and len(made) == engine.load.stream.layers + 2
+
+    def fail() -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(engine._loop, broken, fail)
+    with pytest.raises(Unavailable):
+        engine.stream([5, 6], **ASKED).result()
+    engine._thread.join(30)
+    assert not engine.alive and all(each.size for each in made)
+    engine.close()
+    engine.close()
+    assert not any(each.size for each in made)

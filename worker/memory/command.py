@@ -1,8 +1,8 @@
 """`conclave plan MODEL --memory-budget 16`: what streaming would bring; nothing is loaded."""
 
 import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -24,16 +24,22 @@ from ..weights import blank_decoder
 from .device import LIBRARY, memory_of
 from .forecast import H100, Rates, balance, computing, decoding, forecast
 from .measured import measured_rates
-from .pictures import draw
+from .pictures import PICTURES, draw
 from .plan import plan_memory
 from .report import Outlook, as_json, tables
 from .shapes import NAMES, shape_of
 from .timeline import chrome_trace, play
 
 STEPS = (1, 8, 32, 512, 2048)
+_MOST_TOKENS = 1 << 20
+_LEAST_RATE, _MOST_RATE = 1e-3, 1e6
+_RATES = {
+    "link": ("--link", "GB/s", 1e9),
+    "memory": ("--memory-rate", "GB/s", 1e9),
+    "compute": ("--compute-rate", "TFLOP/s", 1e12),
+}
+"""By the name in `Rates`: the option that gives it, and its unit."""
 _DTYPE = torch.bfloat16
-_Given = tuple[float | None, float]
-"""A rate as it was given, and its unit."""
 
 
 def plan(
@@ -42,7 +48,12 @@ def plan(
     shape: Annotated[str | None, typer.Option(help=f"instead: {', '.join(NAMES)}")] = None,
     tokens: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="of a step; repeatable", show_default=", ".join(map(str, STEPS))),
+        typer.Option(
+            min=1,
+            max=_MOST_TOKENS,
+            help="of a step; repeatable",
+            show_default=", ".join(map(str, STEPS)),
+        ),
     ] = None,
     prefetch: Annotated[
         int | None, typer.Option(min=0, max=8, help="layers ahead", show_default="2")
@@ -79,15 +90,18 @@ def plan(
         **{"stream_coded": stream_coded},
     }
     with errors_told():
+        if (model is None) == (shape is None):
+            raise ConfigError("give a checkpoint or --shape, one of both")
         config = _config(model, {"knobs": knobs, **limits})
-        given = (link, 1e9), (memory_rate, 1e9), (compute_rate, 1e12)
-        outlook = _outlook(config, shape, tokens or STEPS, given)
+        given = _given({"link": link, "memory": memory_rate, "compute": compute_rate})
+        outlook = _outlook(config, shape, sorted(set(tokens or STEPS)), given)
         if plot is not None:
             _draw(outlook, plot)
         if trace is not None:
-            trace.write_text(json.dumps(chrome_trace(outlook.timelines)))
+            with _writing("--trace", trace):
+                trace.write_text(json.dumps(chrome_trace(outlook.timelines), allow_nan=False))
     if json_output:
-        json.dump(as_json(outlook), sys.stdout)
+        print(json.dumps(as_json(outlook), allow_nan=False))
     else:
         for table in tables(outlook):
             Console().print(table)
@@ -104,8 +118,18 @@ def _config(model: Path | None, fields: dict[str, object]) -> EngineConfig:
         raise ConfigError(f"{option}: {message} (given: {first['input']})") from error
 
 
+def _given(options: Mapping[str, float | None]) -> dict[str, float]:
+    """The rates that were given, in their units; ConfigError with the option at fault."""
+    for name, rate in options.items():
+        option, unit, _ = _RATES[name]
+        if rate is not None and not _LEAST_RATE <= rate <= _MOST_RATE:
+            asked = f"{_LEAST_RATE:g} to {_MOST_RATE:g} {unit}"
+            raise ConfigError(f"{option} is {rate:g}; give {asked}")
+    return {name: rate for name, rate in options.items() if rate is not None}
+
+
 def _outlook(
-    config: EngineConfig, shape: str | None, steps: Sequence[int], given: Sequence[_Given]
+    config: EngineConfig, shape: str | None, steps: Sequence[int], given: Mapping[str, float]
 ) -> Outlook:
     model, storage = _sizes(config, shape)
     bytes_each = expected_token_bytes(model, config.knobs.max_error, _DTYPE.itemsize)
@@ -125,13 +149,11 @@ def _outlook(
         for each in steps
     }
     even = balance(model, storage, found.residency, rates)
-    return Outlook(found, rates, measured, times, even, timelines)
+    return Outlook(found, rates, tuple(given), measured, times, even, timelines)
 
 
 def _sizes(config: EngineConfig, name: str | None) -> tuple[ModelConfig, Storage]:
     """Of a checkpoint, or of a shape that has a name; as a GPU would store it."""
-    if (name is None) == (config.model == Path()):
-        raise ConfigError("give a checkpoint or --shape, one of both")
     format = weight_format(config)
     if name is not None:
         if name not in NAMES:
@@ -157,21 +179,32 @@ def _budget(config: EngineConfig) -> int:
     return budget
 
 
-def _rates(given: Sequence[_Given]) -> tuple[Rates, bool]:
+def _rates(given: Mapping[str, float]) -> tuple[Rates, bool]:
     """Those that were given, the others measured if there is a GPU; and whether they were."""
-    measured = torch.cuda.is_available()
+    measured = torch.cuda.is_available() and len(given) < len(_RATES)
     rates = measured_rates(torch.device("cuda")) if measured else H100
-    names = ("link", "memory", "compute")
-    own = {
-        name: rate * unit
-        for name, (rate, unit) in zip(names, given, strict=True)
-        if rate is not None
-    }
+    own = {name: rate * _RATES[name][-1] for name, rate in given.items()}
     return replace(rates, **own), measured
 
 
 def _draw(outlook: Outlook, path: Path) -> None:
+    kind = path.suffix.removeprefix(".") or PICTURES[0]
+    if kind not in PICTURES:
+        raise ConfigError(f"--plot draws no {kind!r}; name a file in {', '.join(PICTURES)}")
     try:
-        draw(outlook, path)
+        with _writing("--plot", path):
+            draw(outlook, path, kind)
     except ImportError:
         stderr.print("no picture: it needs matplotlib (pip install matplotlib)")
+
+
+@contextmanager
+def _writing(option: str, path: Path) -> Iterator[None]:
+    """Around what writes the file that an option names; ConfigError if that cannot be."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{option} cannot write {path} ({error.strerror or error}); name a file in a folder "
+            "that is there"
+        ) from error

@@ -130,14 +130,14 @@ def balance(
 ) -> int | None:
     """Tokens of a step at which computing takes as long as copying, where prefetch gains most.
 
-    None if nothing is streamed, or one token computes for longer already.
+    None if nothing is streamed, one token computes for longer already, or `most` do not.
     """
 
     def computes_longer(tokens: int) -> bool:
         found = forecast(model, storage, residency, 1, tokens, rates)
         return found.busy >= found.transfer
 
-    if not residency.streamed or computes_longer(1):
+    if not residency.streamed or computes_longer(1) or not computes_longer(most):
         return None
     low, high = 1, most
     while high - low > 1:
@@ -149,6 +149,6 @@ def balance(
 def _seconds(layer: LayerConfig, stored: LayerStorage, tokens: int, rates: Rates) -> float:
     """Of one layer, all its weights at hand."""
     each = 0.0 if layer.experts is None else layer.experts.active / layer.experts.count
-    read = stored.block - stored.expert_block * (1 - min(1.0, tokens * each))
+    read = stored.read(tokens, layer.experts)
     operations = 2 * tokens * (stored.weights + stored.expert_weights * each)
     return max(read / rates.memory, operations / rates.compute) + rates.overhead

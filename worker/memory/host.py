@@ -10,6 +10,7 @@ of NUMA node; pages lie where they were filled.
 import mmap
 import resource
 from collections.abc import Iterable
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -38,11 +39,12 @@ class HostBlock:
         try:
             # Private, so that it counts as the process's own and not as shared memory.
             pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            pages.madvise(mmap.MADV_HUGEPAGE)  # sooner filled and locked
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"the host has no {gib(size)} for {use} ({error}); free some, {remedy}"
             ) from error
+        with suppress(OSError):  # without huge pages it is filled and locked more slowly
+            pages.madvise(mmap.MADV_HUGEPAGE)
         self.memory: Tensor = torch.frombuffer(pages, dtype=torch.uint8)
         """uint8 [size]; keeps the pages."""
         self._locked = False
@@ -78,7 +80,8 @@ class HostBlock:
 def release(blocks: Iterable[HostBlock], device: torch.device) -> None:
     """Close blocks, once nothing on the device copies from them any more."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        with suppress(RuntimeError):  # a device that broke copies nothing
+            torch.cuda.synchronize(device)
     for block in blocks:
         block.close()
 

@@ -1,11 +1,11 @@
 """How a memory budget is divided up: weights, slots, cache, one step. A pure function of sizes.
 
 Weights come first: if all fit beside the smallest cache and the worst step, all stay, and the cache
-gets the rest. Else the cache gets a share in which several sequences run together. If experts may
-be streamed and those of one layer have room beside all else, they get slots for what is left; else
-whole layers are streamed until the budget holds, in a shorter code if that makes steps faster. What
-is left over is the cache's again. Sizes of codes are those that follow from shapes, the most that
-they take.
+gets the rest. Else the cache gets a share in which several sequences run together, as far as the
+least that weights can do with leaves it. If experts may be streamed and those of one layer have
+room beside all else, they get slots for what is left; else whole layers are streamed until the
+budget holds, in a shorter code if that makes steps faster. What is left over is the cache's again.
+Sizes of codes are those that follow from shapes, the most that they take.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from ..config import EngineConfig
 from ..errors import ConfigError
 from ..model.config import ModelConfig, cache_groups
 from ..model.storage import Storage
-from ..scheduling.sizing import HOST_BUFFER, LANES, cache_bytes, context_of
+from ..scheduling.sizing import HOST_BUFFER, LANES, cache_bytes, context_of, enough_gib
 from ..scheduling.workspace import workspace
 from .experts.slots import ExpertSlots, choose_slots, fewest_slots
 from .residency import Residency, choose, choose_cheaper, least, least_of_either
@@ -78,19 +78,19 @@ def plan_memory(
         step += max(HOST_BUFFER, *(LANES * each * config.block_size for each in token_bytes))
     groups, limit = cache_groups(model), model.max_position_embeddings
     one, wanted = cache_bytes(config, groups, limit, token_bytes)
-    ahead, left = config.knobs.ahead, budget - storage.rest - step
-    rooms = left - max(one, min(wanted, left // _CACHE_SHARE)), left - one
-    found = _place(storage, rooms, ahead, config)
+    left = budget - storage.rest - step
+    room = left - max(one, min(wanted, left // _CACHE_SHARE))
+    found = _place(model, storage, room, left - one, config)
     if found is None:
         parts = {
             "weights that always stay": storage.rest,
-            "layers that are streamed": _least(storage, ahead, config),
+            "layers that are streamed": _least(storage, config),
             "one step": step,
             "the cache of one sequence": one,
         }
         raise ConfigError(_too_small(budget, parts))
     residency, slots = found
-    plan = Plan(budget, storage.rest, step, 0, residency, ahead, slots)
+    plan = Plan(budget, storage.rest, step, 0, residency, config.knobs.ahead, slots)
     return replace(plan, cache=left - plan.weights)
 
 
@@ -101,40 +101,61 @@ def _multiplying(config: EngineConfig, storage: Storage) -> int:
 
 
 def _place(
-    storage: Storage, rooms: tuple[int, int], ahead: int, config: EngineConfig
+    model: ModelConfig, storage: Storage, room: int, most: int, config: EngineConfig
 ) -> tuple[Residency, ExpertSlots | None] | None:
-    """Layers, and slots for experts, in the first of `rooms` that has any; all stay in the last."""
+    """Layers, and slots for experts, in `room` bytes, or in the least if that is more.
+
+    All layers stay if `most` bytes are enough for them; None if not even the least is there. More
+    room never makes a step of one token slower.
+    """
     blocks = [layer.block for layer in storage.layers]
-    if sum(blocks) <= rooms[-1]:
+    if sum(blocks) <= most:
         return Residency(tuple(blocks)), None
-    for room in rooms if config.stream_experts else ():
-        if slots := choose_slots(storage.layers, room):
+    fewest = _least_of_slots(storage, config)
+    if fewest is not None and fewest <= most:
+        if slots := choose_slots(storage.layers, max(room, fewest)):
             return Residency(_beside_experts(storage)), slots
-    for room in rooms:
-        if residency := _whole(storage, room, ahead, config):
-            return residency, None
-    return None
+    fewest = _least_of_layers(storage, config)
+    if fewest > most:
+        return None
+    residency = _whole(model, storage, max(room, fewest), config)
+    assert residency is not None, "the least has room"
+    return residency, None
 
 
-def _whole(storage: Storage, room: int, ahead: int, config: EngineConfig) -> Residency | None:
+def _whole(
+    model: ModelConfig, storage: Storage, room: int, config: EngineConfig
+) -> Residency | None:
     """Whole layers in so many bytes."""
     blocks = [layer.block for layer in storage.layers]
     if config.stream_coded:
+        layers = zip(model.layers, storage.layers, strict=True)
+        read = sum(stored.read(1, layer.experts) for layer, stored in layers)
         coded = [layer.coded_modules for layer in storage.layers]
-        return choose_cheaper(blocks, coded, storage.largest_module, room, ahead)
-    return choose(blocks, room, ahead)
+        sizes = blocks, coded, storage.largest_module
+        return choose_cheaper(*sizes, room, config.knobs.ahead, read)
+    return choose(blocks, room, config.knobs.ahead)
 
 
-def _least(storage: Storage, ahead: int, config: EngineConfig) -> int:
+def _least(storage: Storage, config: EngineConfig) -> int:
     """The fewest bytes that `_place` can do with."""
+    layers, slots = _least_of_layers(storage, config), _least_of_slots(storage, config)
+    return layers if slots is None else min(layers, slots)
+
+
+def _least_of_layers(storage: Storage, config: EngineConfig) -> int:
+    """Of whole layers."""
     blocks = [layer.block for layer in storage.layers]
-    found = [least(blocks, ahead)]
     if config.stream_coded:
         coded = [layer.coded_modules for layer in storage.layers]
-        found = [least_of_either(blocks, coded, storage.largest_module, ahead)]
-    if config.stream_experts and (slots := fewest_slots(storage.layers)):
-        found.append(sum(_beside_experts(storage)) + slots.bytes)
-    return min(found)
+        return least_of_either(blocks, coded, storage.largest_module, config.knobs.ahead)
+    return least(blocks, config.knobs.ahead)
+
+
+def _least_of_slots(storage: Storage, config: EngineConfig) -> int | None:
+    """Where experts have slots; None if they have none."""
+    slots = fewest_slots(storage.layers) if config.stream_experts else None
+    return None if slots is None else sum(_beside_experts(storage)) + slots.bytes
 
 
 def _beside_experts(storage: Storage) -> tuple[int, ...]:
@@ -150,7 +171,7 @@ def _too_small(budget: int, parts: dict[str, int]) -> str:
     listed = ", ".join(f"{gib(size)} {name}" for name, size in parts.items())
     return (
         f"knobs.memory_budget is {gib(budget)}, but the least for this model is "
-        f"{gib(sum(parts.values()))} ({listed}); raise it, or lower max_step_tokens, "
+        f"{enough_gib(sum(parts.values()))} GiB ({listed}); raise it, or lower max_step_tokens, "
         "max_sequences, max_context or knobs.prefetch, or make the weights smaller (the knobs "
         "weight_bits and sparsity, or `conclave compress`)"
     )

@@ -19,8 +19,10 @@ class Outlook:
 
     plan: Plan
     rates: Rates
+    given: tuple[str, ...]
+    """The rates that the user has given, by name."""
     measured: bool
-    """Whether the rates are those of this machine."""
+    """Whether the others are those of this machine."""
     steps: tuple[Forecast, ...]
     balance: int | None
     """Tokens of a step at which computing takes as long as copying."""
@@ -47,7 +49,10 @@ def as_json(outlook: Outlook) -> dict[str, Any]:
         "experts": None if slots is None else _experts(slots),
         "layers_ahead": plan.ahead,
         "balance_tokens": outlook.balance,
-        "rates": {**asdict(outlook.rates), "measured": outlook.measured},
+        "rates": {
+            **asdict(outlook.rates),
+            **{"given": list(outlook.given), "measured": outlook.measured},
+        },
         "steps": [
             _step(each)
             | {"waited_seconds": timeline.waited if slots is None else each.seconds - each.busy}
@@ -88,19 +93,20 @@ def _step(found: Forecast) -> dict[str, Any]:
 
 def _memory(plan: Plan) -> Table:
     own, slots = plan.residency, plan.experts
-    stays = len(own.blocks) - len(own.streamed)
+    copied = len(own.streamed)
     how = ", without experts" if slots else ", in a shorter code" if own.working else ""
-    slot = "slot" if own.slots == 1 else "slots"
     rows: list[tuple[str, int]] = [
         ("embeddings, head, norms, routers", plan.rest),
-        (f"{stays} layers that stay{how}", own.stays),
-        (f"{own.slots} {slot} for {len(own.streamed)} layers", own.slots * own.slot_bytes)
-        if slots is None
-        else (f"{slots.slots} slots for {slots.share:.0%} of the experts", slots.bytes),
-        *([("a slot that modules are decoded into", own.working)] if own.working else []),
-        ("the worst step", plan.step),
-        ("keys and values", plan.cache),
+        (f"{len(own.blocks) - copied} layers that stay{how}", own.stays),
     ]
+    if copied:
+        slot = "slot" if own.slots == 1 else "slots"
+        rows.append((f"{own.slots} {slot} for {copied} layers", own.slots * own.slot_bytes))
+    if slots is not None:
+        rows.append((f"{slots.slots} slots for {slots.share:.0%} of the experts", slots.bytes))
+    if own.working:
+        rows.append(("a slot that modules are decoded into", own.working))
+    rows += [("the worst step", plan.step), ("keys and values", plan.cache)]
     table = _table(f"{gib(plan.budget)} on the device", ("", "bytes"))
     for name, size in rows:
         table.add_row(name, gib(size))
@@ -112,12 +118,9 @@ def _memory(plan: Plan) -> Table:
 
 
 def _steps(outlook: Outlook) -> Table:
-    whose = "measured here" if outlook.measured else "assumed"
-    rates = outlook.rates
     coded = outlook.plan.residency.working > 0
     table = _table(
-        f"One step ({whose}: link {rates.link / 1e9:.0f} GB/s, weights {rates.memory / 1e9:.0f} "
-        f"GB/s, products {rates.compute / 1e12:.0f} TFLOP/s)",
+        f"One step ({_rates(outlook)})",
         (
             *("tokens", "compute", *(["decode"] if coded else [])),
             *("copies", "step", "tokens/s", "limit", "gain"),
@@ -127,7 +130,7 @@ def _steps(outlook: Outlook) -> Table:
         decode = [each.decode] if coded else []
         parts = (each.compute, *decode, each.transfer, each.seconds)
         times = (f"{1e3 * own:.1f} ms" for own in parts)
-        rate = f"{each.tokens / each.seconds:.3g}"
+        rate = _number(each.tokens / each.seconds)
         table.add_row(str(each.tokens), *times, rate, each.limit, f"{each.gain:.2f}x")
     table.caption = "gain: of prefetch over copying on demand"
     if outlook.plan.experts is not None:
@@ -140,6 +143,22 @@ def _steps(outlook: Outlook) -> Table:
         table.caption += f"; computing takes as long as copying at {outlook.balance} tokens a step"
     table.caption_justify = "left"
     return table
+
+
+def _rates(outlook: Outlook) -> str:
+    """Each with its unit, and where it is from."""
+    other = "measured here" if outlook.measured else "assumed"
+    kinds = (("link", "link", 1e9, "GB/s"), ("weights", "memory", 1e9, "GB/s"))
+    return ", ".join(
+        f"{what} {_number(getattr(outlook.rates, name) / unit)} {units} "
+        f"{'as given' if name in outlook.given else other}"
+        for what, name, unit, units in (*kinds, ("products", "compute", 1e12, "TFLOP/s"))
+    )
+
+
+def _number(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
 def _table(title: str, heads: Sequence[str]) -> Table:

@@ -118,12 +118,21 @@ def choose_coded(
 
 
 def choose_cheaper(
-    blocks: Sequence[int], coded: Sequence[Sequence[int]], working: int, room: int, ahead: int
+    blocks: Sequence[int],
+    coded: Sequence[Sequence[int]],
+    working: int,
+    room: int,
+    ahead: int,
+    read: float,
 ) -> Residency | None:
-    """Plain layers or coded ones, whichever a step of one token needs less time for."""
+    """Plain layers or coded ones, whichever a step of one token needs less time for.
+
+    Of all `blocks` it reads `read` bytes, which is less where there are experts. For the others see
+    `choose_coded`.
+    """
     either = choose(blocks, room, ahead), choose_coded(blocks, coded, working, room, ahead)
     fitting = [each for each in either if each is not None]
-    return min(fitting, key=lambda each: _cost(each, sum(blocks), ahead), default=None)
+    return min(fitting, key=lambda each: _cost(each, sum(blocks), ahead, read), default=None)
 
 
 def least(blocks: Sequence[int], ahead: int) -> int:
@@ -148,9 +157,12 @@ def _shorter(coded: Sequence[Sequence[int]], blocks: Sequence[int]) -> bool:
     return sum(map(sum, coded)) < sum(blocks)
 
 
-def _cost(residency: Residency, read: int, ahead: int) -> int:
-    """Of a step that reads so many bytes of weights, in bytes of the device's memory."""
-    moved = read + (sum(residency.blocks) + read if residency.working else 0)
+def _cost(residency: Residency, plain: int, ahead: int, read: float) -> float:
+    """Of a step that reads so many bytes of weights, in bytes of the device's memory.
+
+    Where layers are coded it reads all codes first, and writes the `plain` bytes that they hold.
+    """
+    moved = read + (sum(residency.blocks) + plain if residency.working else 0)
     copied = LINK_COST * residency.copied
     return max(moved, copied) if ahead else moved + copied
 

@@ -95,7 +95,7 @@ class ModelConfig:
         path = folder / "config.json"
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise CheckpointError(f"{path} does not exist: name a checkpoint's folder") from None
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error

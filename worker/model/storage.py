@@ -13,6 +13,7 @@ from ...kernels.linear import MOST_EXPANDED
 from ...kernels.lossless.codes import Code, code_of
 from ..errors import ConfigError
 from ..precision import Precision
+from .config import ExpertsConfig
 from .decoder import Decoder
 from .packed import PLAIN, packable
 
@@ -45,6 +46,14 @@ class LayerStorage:
     """How many."""
     expert_parts: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()
     """Shape and dtype of each tensor of one expert, in the order of `packed.large_tensors`."""
+
+    def read(self, tokens: int, experts: ExpertsConfig | None) -> float:
+        """Bytes that a step of so many tokens reads: of experts those that it is sure to, at most.
+
+        `experts` are those of this layer.
+        """
+        share = 0.0 if experts is None else min(1.0, tokens * experts.active / experts.count)
+        return self.block - self.expert_block * (1 - share)
 
     @property
     def coded(self) -> int:

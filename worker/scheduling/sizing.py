@@ -6,6 +6,7 @@ context is; so they get just that, and full-attention layers share the rest.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Context
 from operator import mul
 
 from ..config import EngineConfig
@@ -90,12 +91,12 @@ def plan_host(
         return ()
     blocks = [_blocks_of_one(group, context, config) for group in groups]
     one = config.block_size * sum(map(mul, blocks, token_bytes))
-    slots = tuple(int(config.kv_host_gib * 2**30 * count / one) for count in blocks)
+    memory = int(config.kv_host_gib * 2**30)
+    slots = tuple(memory * count // one for count in blocks)
     if 0 in slots:
-        least = max(one / count for count in blocks) / 2**30
         raise ConfigError(
             f"kv_host_gib {config.kv_host_gib} holds no block of each kind of layer: give at least "
-            f"{least:.2g}"
+            f"{enough_gib(-(-one // min(blocks)))}"
         )
     return slots
 
@@ -119,6 +120,11 @@ def context_of(config: EngineConfig, model_context: int) -> int:
     if context > model_context:
         raise ConfigError(f"max_context {context} is over the model's limit of {model_context}")
     return context
+
+
+def enough_gib(size: int) -> str:
+    """The GiB to give where so many bytes are needed: three digits, never less than that."""
+    return f"{float(Context(prec=3, rounding=ROUND_CEILING).divide(size, 2**30)):.3g}"
 
 
 def _blocks_of_one(group: CacheGroup, context: int, config: EngineConfig) -> int:

@@ -13,7 +13,7 @@ from conclave.worker.memory.experts import cache
 from conclave.worker.memory.experts.slots import choose_slots, fewest_slots
 from conclave.worker.serving.wire import load
 
-from .test_streaming_engine import FEW, PROMPTS, answers, beside_layers
+from .test_streaming_engine import FEW, PROMPTS, answers, beside_layers, cache_of_one
 
 Checkpoint = Callable[[int | str], Path]
 
@@ -30,12 +30,14 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def budget_of(resident: Engine, slots: int) -> float:
-    """GiB with room for so many slots."""
+    """GiB with room for so many slots; the cache gets its share before more than the fewest."""
     layers = resident.model.storage.layers
     least = fewest_slots(layers)
     assert least is not None
     beside = sum(layer.block - layer.expert_block for layer in layers)
-    return (beside_layers(resident) + beside + slots * least.expert_bytes + 64) / 2**30
+    weights = beside + slots * least.expert_bytes
+    share = max(0, weights // 3 - cache_of_one(resident)) if slots > least.slots else 0
+    return (beside_layers(resident) + weights + share + 64) / 2**30
 
 
 @pytest.mark.parametrize(
@@ -56,7 +58,8 @@ def test_answers_are_those_of_a_model_that_fits(
         assert resident.load.experts is None
         wanted = answers(resident)
         count = resident.model.storage.layers[0].experts
-    for slots, prefetch in ((count, None), (2 * count, False), (2 * count, None)):
+    more = 3 * count // 2
+    for slots, prefetch in ((count, None), (more, False), (more, None)):
         knobs = Knobs(memory_budget=budget_of(resident, slots), prefetch=prefetch)
         with Engine(folder, knobs=knobs, **FEW, **settings) as engine:
             assert [answers(engine) for _ in range(2)] == [wanted] * 2
@@ -76,7 +79,7 @@ def test_preempted_sequences_answer_the_same(tiny_checkpoint: Checkpoint) -> Non
     few = {**FEW, "max_context": 64}
     with Engine(folder, knobs=Knobs(memory_budget=1), **few) as resident:
         wanted = answers(resident)
-        budget = budget_of(resident, 12)
+        budget = budget_of(resident, 8)
     with Engine(folder, knobs=Knobs(memory_budget=budget), **few) as engine:
         for _ in range(3):
             assert answers(engine) == wanted

@@ -1,5 +1,7 @@
 """Host memory: exact sizes, and errors that say what to change."""
 
+import errno
+import mmap
 import resource
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 from conclave.worker.errors import ConfigError
-from conclave.worker.memory.host import HostBlock, refusal
+from conclave.worker.memory.host import HostBlock, refusal, release
 
 
 def test_a_block_has_the_bytes_asked_for() -> None:
@@ -21,6 +23,17 @@ def test_a_block_has_the_bytes_asked_for() -> None:
     assert block.size == 5_000 and block.memory.data_ptr() == place and (block.memory == 7).all()
     block.close()
     assert block.size == 0
+
+
+def test_a_kernel_without_huge_pages_has_blocks_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pages(mmap.mmap):
+        def madvise(self, *_: int) -> None:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", Pages)
+    block = HostBlock(5000)
+    assert block.size == 5000
+    block.close()
 
 
 def test_memory_that_is_not_there_is_refused() -> None:
@@ -60,3 +73,13 @@ def test_a_refusal_names_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "may lock 0.00781 GiB" in refusal(1 << 30, "why")
     monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY,) * 2)
     assert "may lock unlimited" in refusal(1 << 30, "why")
+
+
+def test_blocks_are_released_though_the_device_broke(monkeypatch: pytest.MonkeyPatch) -> None:
+    def synchronize(device: torch.device) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    block = HostBlock(5000)
+    release([block], torch.device("cuda"))
+    assert block.size == 0

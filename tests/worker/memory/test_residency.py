@@ -70,7 +70,7 @@ def test_coded_layers_that_one_can_count() -> None:
     assert found.slot_parts == (5, 3) == found.parts_of(7)
     plain = choose(blocks, 400, 2)
     assert plain is not None and plain.copied == 230
-    assert choose_cheaper(blocks, coded, 4, 400, 2) == found
+    assert choose_cheaper(blocks, coded, 4, 400, 2, 600) == found
     # Room for modules as large as a layer would let one layer fewer stay.
     large = choose_coded(blocks, coded, 10, 400, 2)
     assert large is not None and (large.working, large.copied) == (10, 104)
@@ -104,14 +104,18 @@ def test_a_slot_has_room_for_the_largest_of_each_part() -> None:
 def test_decoding_must_be_worth_it() -> None:
     blocks, coded = [10] * 60, [(5, 3)] * 60
     # Two layers are copied while 600 bytes are read: so they are as soon there as all are decoded.
-    near = choose_cheaper(blocks, coded, 4, 590, 2)
+    near = choose_cheaper(blocks, coded, 4, 590, 2, 600)
     assert near is not None and not near.working and near.copied == 20
     assert LINK_COST * near.copied < 600 + 480 + 600
-    few = choose_cheaper(blocks, coded, 4, 550, 2)
+    few = choose_cheaper(blocks, coded, 4, 550, 2, 600)
     assert few is not None and few.working and not few.streamed
+    # Where a token meets few experts, decoding is most of what a step does.
+    for read, coded_is_cheaper in ((600, False), (60, True)):
+        each = choose_cheaper(blocks, coded, 4, 580, 2, read)
+        assert each is not None and (each.working > 0) == coded_is_cheaper
     same = blocks_of_one(blocks)
     assert choose_coded(blocks, same, 4, 400, 2) is None
-    assert choose_cheaper(blocks, same, 4, 400, 2) == choose(blocks, 400, 2)
+    assert choose_cheaper(blocks, same, 4, 400, 2, 600) == choose(blocks, 400, 2)
 
 
 @given(BLOCKS, st.floats(0.5, 1), st.floats(0.2, 1), st.integers(0, 60_000), st.integers(0, 8))
@@ -121,7 +125,7 @@ def test_either_fits_if_one_does(
     sizes = [max(2, int(share * block)) for block in blocks]
     coded = [(size // 3, size - size // 3) for size in sizes]
     working = max(1, int(part * max(blocks)))
-    found = choose_cheaper(blocks, coded, working, room, ahead)
+    found = choose_cheaper(blocks, coded, working, room, ahead, sum(blocks))
     assert (found is None) == (room < least_of_either(blocks, coded, working, ahead))
     if found is None:
         return

@@ -33,10 +33,16 @@ def beside_layers(engine: Engine) -> int:
     """Bytes of all but the layers' large weights, with the smallest cache; experts foreseen."""
     config, model, storage = engine.config, engine.model.config, engine.model.storage
     size, context = engine.model.dtype.itemsize, engine.model.cache.max_context
+    step = workspace(config, model, context, size, storage.expanded)
+    return storage.rest + step + 2 * library_memory(engine.model.device) + cache_of_one(engine)
+
+
+def cache_of_one(engine: Engine) -> int:
+    """Bytes of the smallest cache."""
+    config, model, context = engine.config, engine.model.config, engine.model.cache.max_context
+    size = engine.model.dtype.itemsize
     bytes_each = expected_token_bytes(model, config.knobs.max_error, size)
-    one, _ = cache_bytes(config, cache_groups(model), context, bytes_each)
-    library = 2 * library_memory(engine.model.device)
-    return storage.rest + workspace(config, model, context, size, storage.expanded) + library + one
+    return cache_bytes(config, cache_groups(model), context, bytes_each)[0]
 
 
 @pytest.mark.parametrize(

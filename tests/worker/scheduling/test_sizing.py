@@ -3,13 +3,15 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from conclave.kernels.attention import wide_scratch
 from conclave.kernels.attention.wide_scratch import Scratch
 from conclave.worker.config import EngineConfig
 from conclave.worker.errors import ConfigError
 from conclave.worker.model.config import CacheGroup, ModelConfig
-from conclave.worker.scheduling.sizing import plan_cache
+from conclave.worker.scheduling.sizing import enough_gib, plan_cache
 from conclave.worker.scheduling.workspace import workspace
 
 FULL = CacheGroup(window=None, layers=(1,), values_per_token=256)
@@ -48,6 +50,21 @@ def test_as_many_as_fit_exactly_fit() -> None:
         blocks, size = 1024 // wanted.block_size, wanted.block_size
         found = plan_cache(wanted, (FULL,), 4096, BYTES[:1], blocks * size * BYTES[0])
         assert found.blocks == (blocks,)
+
+
+@given(st.integers(1, 2**50))
+def test_the_gib_that_are_told_are_enough(size: int) -> None:
+    assert size <= int(float(enough_gib(size)) * 2**30) <= 1.01 * size + 1
+
+
+@given(st.integers(1, 64), st.integers(1, 4096))
+def test_a_host_as_large_as_was_told_is_taken(block: int, context: int) -> None:
+    few = {"block_size": block, "max_context": context}
+    with pytest.raises(ConfigError) as caught:
+        plan_cache(config(kv_host_gib=1e-9, **few), (FULL, SLIDING), 4096, BYTES, 2**40)
+    told = str(caught.value).split()[-1]
+    found = plan_cache(config(kv_host_gib=told, **few), (FULL, SLIDING), 4096, BYTES, 2**40)
+    assert min(found.host) == 1
 
 
 def test_kv_tokens_set_the_full_layers() -> None:
