@@ -12,7 +12,6 @@ that all layers share, and leaves the product to the vendor's library. On a CPU 
 `torch.compile` and, once called, in CUDA graphs.
 """
 
-import threading
 from collections.abc import Iterator
 
 import torch
@@ -25,6 +24,8 @@ from . import sparse_gather as sparse
 from .errors import KernelInputError
 from .expand import expand
 from .formats import TILE, Format, PackedWeight, from_tensors
+from .gate import let_through
+from .scratch import scratch
 from .sparse_gemv import sparse_gemv
 from .tensor_cores import decode
 from .tensor_cores.grouping import MOST_TOKENS
@@ -40,11 +41,6 @@ two, parts of any width begin at multiples of 16 bytes."""
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
-_scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-_recorded: dict[int, Tensor] = {}
-"""Scratch memory that CUDA graphs write to, by its address. Nothing tells when a graph is gone."""
-_lock = threading.Lock()
-
 
 def linear(
     x: Tensor, weight: PackedWeight, residual: Tensor | None = None, scale: float = 1.0
@@ -54,8 +50,8 @@ def linear(
     As `reference.linear`, on the device of `x`. Raises `KernelInputError` if something does not
     fit.
     """
-    _check(x, weight, residual, False)
-    result: Tensor = torch.ops.conclave.linear(x, *_fields(weight), residual, scale, False)
+    check(x, weight, residual, False)
+    result: Tensor = torch.ops.conclave.linear(x, *fields(weight), residual, scale, False)
     return result
 
 
@@ -64,8 +60,8 @@ def gated_linear(x: Tensor, weight: PackedWeight) -> Tensor:
 
     As `reference.gated_linear`. Raises `KernelInputError` if something does not fit.
     """
-    _check(x, weight, None, True)
-    result: Tensor = torch.ops.conclave.linear(x, *_fields(weight), None, 1.0, True)
+    check(x, weight, None, True)
+    result: Tensor = torch.ops.conclave.linear(x, *fields(weight), None, 1.0, True)
     return result
 
 
@@ -83,7 +79,7 @@ def grouped_linear(
     several layers share. The results are then, bit for bit, those of a stack of so many.
     Raises `KernelInputError` if something else does not fit.
     """
-    _check(x, weight, None, gated)
+    check(x, weight, None, gated)
     if x.dim() != 2 or experts.shape != x.shape[:1] or experts.dtype != torch.int32:
         raise KernelInputError(
             f"x is {tuple(x.shape)} and experts {experts.dtype} {tuple(experts.shape)}; "
@@ -95,16 +91,17 @@ def grouped_linear(
         raise KernelInputError(f"experts is on {experts.device}, the weight on {weight.device}")
     if not 0 <= among <= weight.experts:
         raise KernelInputError(f"among is {among}; the stack holds {weight.experts}")
-    result: Tensor = torch.ops.conclave.grouped_linear(x, *_fields(weight), experts, gated, among)
+    result: Tensor = torch.ops.conclave.grouped_linear(x, *fields(weight), experts, gated, among)
     return result
 
 
-def _fields(weight: PackedWeight) -> tuple[Tensor, Tensor | None, Tensor | None, str, int]:
+def fields(weight: PackedWeight) -> tuple[Tensor, Tensor | None, Tensor | None, str, int]:
     """The weight as torch's ops can take it."""
     return weight.codes, weight.positions, weight.scales, str(weight.format), weight.rows
 
 
-def _check(x: Tensor, weight: PackedWeight, residual: Tensor | None, gated: bool) -> None:
+def check(x: Tensor, weight: PackedWeight, residual: Tensor | None, gated: bool) -> None:
+    """Raises `KernelInputError` if the arguments of a linear do not fit each other."""
     if not x.dim() or x.shape[-1] != weight.columns:
         raise KernelInputError(f"x is {tuple(x.shape)}; the weight has {weight.columns} columns")
     if gated and weight.rows % 2:
@@ -212,11 +209,9 @@ def _multiply_dense(
         # Weights rounded as results are: of a single token, that can be more than 3e-3 off.
         _multiply_exactly(x, weight, out, residual, scale, gated)
         return
-    dense_weight = expand(weight, _expanded(weight, x.dtype)).t()
+    dense_weight = expand(weight, scratch(weight, x.dtype)).t()
     if gated:
-        pairs = torch.mm(x, dense_weight).unflatten(-1, (-1, 2))
-        gate = F.gelu(pairs[..., 0].float(), approximate="tanh")
-        torch.mul(gate, pairs[..., 1], out=out)
+        let_through(torch.mm(x, dense_weight), out)
     elif residual is None:
         torch.addmm(out, x, dense_weight, beta=0, alpha=scale, out=out)
     else:
@@ -232,7 +227,7 @@ def _multiply_exactly(
     gated: bool,
 ) -> None:
     """`_multiply_dense` in float32, rounded once."""
-    exact = torch.mm(x.float(), expand(weight, _expanded(weight, torch.float32)).t())
+    exact = torch.mm(x.float(), expand(weight, scratch(weight, torch.float32)).t())
     if gated:
         gate, up = exact.unflatten(-1, (-1, 2)).unbind(-1)
         exact = F.gelu(gate, approximate="tanh") * up
@@ -244,25 +239,6 @@ def _multiply_exactly(
 def _on_tensor_cores(x: Tensor, weight: PackedWeight) -> bool:
     ours = x.dtype == torch.bfloat16 and torch.version.hip is None
     return ours and decode.supports(weight.format, weight.columns)
-
-
-def _expanded(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """Scratch memory for the dense weight, as large as the largest so far.
-
-    What a CUDA graph records stays for good, also when a larger weight gets memory of its own.
-    """
-    size = weight.rows * weight.columns
-    key = (weight.device, dtype)
-    recording = torch.cuda.is_current_stream_capturing()
-    with _lock:
-        memory = _scratch.get(key)
-        if memory is None or len(memory) < size:
-            if recording:
-                raise KernelInputError("call the layer once before a CUDA graph records it")
-            memory = _scratch[key] = torch.empty(size, dtype=dtype, device=weight.device)
-        if recording:
-            _recorded[memory.data_ptr()] = memory
-    return memory[:size].view(weight.rows, weight.columns)
 
 
 @torch.library.custom_op("conclave::grouped_linear", mutates_args=())

@@ -5,10 +5,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from conclave.kernels import linear as module
 from conclave.kernels import reference
+from conclave.kernels import scratch as scratch_module
 from conclave.kernels.errors import KernelInputError
 from conclave.kernels.formats import from_tensors
 from conclave.kernels.layouts import Format, PackedWeight, pack, unpack
@@ -109,13 +111,17 @@ def test_every_number_of_tokens(text: str, rows: int, columns: int, tokens: int)
     assert relative_error(gated_linear(x, weight), gate * exact[:, 1::2]) <= 5e-3
 
 
+def through(pairs: Tensor, out: Tensor, scale: float = 1.0) -> None:
+    """As `gate.let_through`."""
+    gate, up = pairs.float().unflatten(-1, (-1, 2)).unbind(-1)
+    out.copy_(torch.nn.functional.gelu(gate, approximate="tanh") * up * scale)
+
+
 def test_written_out_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A head is never dense as a whole."""
     if DEVICES == ["cpu"]:
         monkeypatch.setattr(module, "expand", lambda weight, out: unpack(weight, out=out))
-        monkeypatch.setattr(
-            module, "_expanded", lambda own, dtype: torch.empty(own.rows, own.columns, dtype=dtype)
-        )
+        monkeypatch.setattr(module, "let_through", through)
     weight = weight_of("dense-int8-g64", 1000, 704)
     x, residual = torch.randn(300, 704), torch.randn(300, 1000)
     exact = x.double() @ unpack(weight.to("cpu")).double().T
@@ -251,28 +257,28 @@ def test_scratch_memory_lives_as_long_as_a_graph_may(
     recorded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And what no graph has recorded is let go for a larger one."""
-    monkeypatch.setattr(module, "_scratch", {})
-    monkeypatch.setattr(module, "_recorded", {})
+    monkeypatch.setattr(scratch_module, "_memory", {})
+    monkeypatch.setattr(scratch_module, "_recorded", {})
     recording = False
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: recording)
     small, large = (weight_of("5:16-int8-g64", rows, 64) for rows in (80, 200))
     with pytest.raises(KernelInputError, match="call the layer once"):
         recording = True
-        module._expanded(small, torch.float32)
+        scratch_module.scratch(small, torch.float32)
     recording = False
-    module._expanded(small, torch.float32)
-    memory = weakref.ref(module._scratch[small.device, torch.float32])
+    scratch_module.scratch(small, torch.float32)
+    memory = weakref.ref(scratch_module._memory[small.device])
     recording = recorded
-    module._expanded(small, torch.float32)
+    scratch_module.scratch(small, torch.float32)
     recording = False
-    module._expanded(large, torch.float32)
+    scratch_module.scratch(large, torch.float32)
     assert (memory() is not None) == recorded
 
 
 @on_card
 def test_a_graph_writes_to_nobody_elses_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """A larger weight is expanded after it was recorded, and then memory is asked for."""
-    monkeypatch.setattr(module, "_scratch", {})
+    monkeypatch.setattr(scratch_module, "_memory", {})
     small, large = (weight_of("5:16-int8-g64", rows, 2048) for rows in (1024, 4096))
     x = torch.randn(64, 2048, device="cuda", dtype=torch.bfloat16)
     expected = linear(x, small)

@@ -3,7 +3,7 @@
 The arithmetic is that of transformers' modeling_gemma4.py, to 1e-4 in float32. Projections of the
 same input are one matrix (qkv, gate_up), because at one token a step every torch call costs its 3
 to 10 us. Tokens are flat, [T, ...] everywhere; nothing here knows batches, pages or masks: keys and
-values go to an `Attention`. What it gave up: fused kernels (norm with rope, gelu with product).
+values go to an `Attention`. What it gave up: a fused kernel for gelu with its product.
 """
 
 import math
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...kernels.heads import DIMS, DTYPES, norm_heads
 from .config import ExpertsConfig, LayerConfig, ModelConfig, RopeConfig
 
 _FEW = 16
@@ -107,6 +108,10 @@ def rotate(values: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     return torch.addcmul(values * cosine, values.roll(values.shape[-1] // 2, -1), signed_sine)
 
 
+_Heads = tuple[Tensor, Tensor | None, Tensor | None]
+"""Queries, keys and values; a layer that reads another's has none of the latter."""
+
+
 class SelfAttention(nn.Module):
     """Projections, head norms and rope around an `Attention`.
 
@@ -137,20 +142,39 @@ class SelfAttention(nn.Module):
         self, hidden: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention
     ) -> Tensor:
         """[T, hidden] to [T, hidden]."""
-        # float32 from projection to cache: norm, weight and rope round once, not four times.
-        projected = self.qkv(hidden).view(-1, self.projected, self.head_dim).float()
-        normed = rms_norm(projected, None, self.epsilon)
-        weights = self.head_norms.view(-1, self.head_dim).index_select(0, self.head_norm_rows)
-        turned = rotate(normed[:, : len(weights)] * weights, rotation).to(hidden.dtype)
-        key = value = None
-        if self.owns_keys:
-            key = turned[:, self.heads :]
-            # The values' norm has no weight, so where they have no projection of their own they are
-            # the normed raw keys; either way they are the last heads.
-            value = normed[:, -self.kv_heads :].to(hidden.dtype)
-        mixed: Tensor = attention.attend(self.index, turned[:, : self.heads], key, value)
+        projected = self.qkv(hidden).view(-1, self.projected, self.head_dim)
+        make = self._by_kernel if self._fits_kernel(projected) else self._by_torch
+        mixed: Tensor = attention.attend(self.index, *make(projected, rotation))
         output: Tensor = self.out(mixed.flatten(1))
         return output
+
+    def _fits_kernel(self, projected: Tensor) -> bool:
+        """Whether one kernel does what follows a projection. It cannot be differentiated."""
+        same = projected.dtype == self.head_norms.dtype
+        usual = projected.dtype in DTYPES and self.head_dim in DIMS
+        recorded = projected.requires_grad or torch.compiler.is_compiling()
+        return projected.is_cuda and same and usual and not recorded
+
+    def _by_kernel(self, projected: Tensor, rotation: tuple[Tensor, Tensor]) -> _Heads:
+        """As `_by_torch`."""
+        kv_heads = self.kv_heads if self.owns_keys else 0
+        query, key, value = norm_heads(
+            projected, self.head_norms, rotation, self.heads, kv_heads, self.epsilon
+        )
+        return (query, key, value) if self.owns_keys else (query, None, None)
+
+    def _by_torch(self, projected: Tensor, rotation: tuple[Tensor, Tensor]) -> _Heads:
+        """Queries, keys and values of a projection, [T, projected, head_dim]."""
+        # float32 from projection to cache: norm, weight and rope round once, not four times.
+        normed = rms_norm(projected.float(), None, self.epsilon)
+        weights = self.head_norms.view(-1, self.head_dim).index_select(0, self.head_norm_rows)
+        turned = rotate(normed[:, : len(weights)] * weights, rotation).to(projected.dtype)
+        if not self.owns_keys:
+            return turned, None, None
+        # The values' norm has no weight, so where they have no projection of their own they are
+        # the normed raw keys; either way they are the last heads.
+        value = normed[:, -self.kv_heads :].to(projected.dtype)
+        return turned[:, : self.heads], turned[:, self.heads :], value
 
 
 class MLP(nn.Module):
