@@ -9,8 +9,8 @@ A program takes a tile of ROWS x COLUMNS. Packed tensors are read along the rows
 written along the columns. What crosses over between threads, through shared memory, is still small:
 the cells of 16 columns, shifted into place in one 64-bit word (4-bit values), two or four.
 
-There is no expansion to int8 for int8 activations: scales differ along K, so codes of one integer
-matmul would have to be rounded again to one scale a row, which is another weight.
+Where scales are whole numbers of a row's unit (`integer.weights`), a weight is written out as
+integers of 8 bits as well.
 """
 
 from collections.abc import Iterator
@@ -53,8 +53,11 @@ def _nibbles(words, one, PAIRED: tl.constexpr):
 
 
 @triton.jit
-def _write(output, values, scales, rows, columns, tiles, GROUP: tl.constexpr):
-    """Scales and stores the tile `values` [ROWS, COLUMNS] of this program."""
+def _write(output, values, scales, units, rows, columns, tiles, GROUP: tl.constexpr):
+    """Scales and stores the tile `values` [ROWS, COLUMNS] of this program.
+
+    Where there are units, by how many of its row's a scale is, a whole number.
+    """
     ROWS: tl.constexpr = values.shape[0]
     COLUMNS: tl.constexpr = values.shape[1]
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -66,6 +69,9 @@ def _write(output, values, scales, rows, columns, tiles, GROUP: tl.constexpr):
         place = scales + tile * (columns // GROUP) * _TILE
         place = place + (span // GROUP)[None, :] * _TILE + (row % _TILE)[:, None]
         scale = tl.load(place, mask=span[None, :] < columns, other=0.0).to(tl.float32)
+        if units is not None:
+            unit = tl.load(units + row, mask=row < rows, other=0.0)[:, None]
+            scale = tl.where(unit > 0, tl.floor(scale / unit + 0.5), 0.0)
         spans = tl.reshape(values, [ROWS, COLUMNS // 16, 16]) * scale[:, :, None]
         values = tl.reshape(spans, [ROWS, COLUMNS])
     start = (expert * rows + tl.program_id(1) * ROWS) * columns
@@ -80,6 +86,7 @@ def _expand_sparse(
     codes,
     positions,
     scales,
+    units,
     rows,
     columns,
     tiles,
@@ -142,7 +149,7 @@ def _expand_sparse(
         else:
             values = cells.to(tl.int16).to(tl.bfloat16, bitcast=True).to(tl.float32)
     values = tl.reshape(values, [ROWS, COLUMNS])
-    _write(output, values, scales, rows, columns, tiles, GROUP)
+    _write(output, values, scales, units, rows, columns, tiles, GROUP)
 
 
 @triton.jit
@@ -150,6 +157,7 @@ def _expand_dense(
     output,
     codes,
     scales,
+    units,
     rows,
     columns,
     tiles,
@@ -170,7 +178,7 @@ def _expand_dense(
         values = tl.reshape(_nibbles(code, one, True), [ROWS, COLUMNS])
     else:
         values = code.to(tl.float32)
-    _write(output, values, scales, rows, columns, tiles, GROUP)
+    _write(output, values, scales, units, rows, columns, tiles, GROUP)
 
 
 _GRID = "cdiv(columns, COLUMNS), cdiv(rows, ROWS), experts"
@@ -187,11 +195,13 @@ def _plan(format: Format) -> tuple[Kernel, dict[str, int]]:
 
 
 def variants() -> Iterator[Variant]:
-    """What the bundle holds: the usual formats, to bfloat16."""
+    """What the bundle holds: the usual formats, to bfloat16, and those of 4 bits to integers."""
     for format in SHIPPED:
         kernel, constants = _plan(format)
-        types = ("*bf16", *tensor_types(format), *["i32"] * 4)
-        yield Variant(kernel, types, constants, warps=WARPS)
+        types = tensor_types(format)
+        yield Variant(kernel, ("*bf16", *types, "none", *["i32"] * 4), constants, warps=WARPS)
+        if format.bits == 4:
+            yield Variant(kernel, ("*i8", *types, "*fp32", *["i32"] * 4), constants, warps=WARPS)
 
 
 def expand(
@@ -210,11 +220,33 @@ def expand(
             f"out is {out.dtype} {tuple(out.shape)}; it must be contiguous {shape} of one of "
             f"{', '.join(map(str, _DTYPES))}"
         )
+    _launch(weight, out, None)
+    return out
+
+
+def expand_integers(weight: PackedWeight, units: Tensor, out: Tensor) -> None:
+    """Integers [R, K] of a single weight with whole scales (`integer.weights`) into `out`.
+
+    Integer times unit of its row is the weight. `units` is float32 [R or more], `out` int8,
+    contiguous.
+    """
+    if tuple(out.shape) != weight.shape or out.dtype != torch.int8 or not out.is_contiguous():
+        raise KernelInputError(
+            f"out is {out.dtype} {tuple(out.shape)}; it must be contiguous int8 {weight.shape}"
+        )
+    if weight.format.bits != 4 or len(units) < weight.rows:
+        raise KernelInputError(
+            f"the weight is {weight.format} and has {weight.rows} rows; it must be of 4 bits, "
+            f"with a unit for each row, not {len(units)}"
+        )
+    _launch(weight, out, units)
+
+
+def _launch(weight: PackedWeight, out: Tensor, units: Tensor | None) -> None:
     kernel, constants = _plan(weight.format)
     tensors = [weight.codes, weight.scales]
     if not weight.format.dense:
         tensors.insert(1, weight.positions)
     grid = (-(-weight.columns // COLUMNS), -(-weight.rows // ROWS), weight.experts or 1)
     sizes = (weight.rows, weight.columns, weight.tiles, ONE)
-    kernel.launch(grid, out, *tensors, *sizes, constants=constants, warps=WARPS)
-    return out
+    kernel.launch(grid, out, *tensors, units, *sizes, constants=constants, warps=WARPS)

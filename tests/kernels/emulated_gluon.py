@@ -1,4 +1,4 @@
-"""Gluon kernels on torch tensors, as far as `prefill_wide` goes: what is computed, not by whom.
+"""Gluon kernels on torch tensors, as far as ours for Hopper go: what is computed, not by whom.
 
 Layouts are ignored, as they change no value; threads are not told apart, so that a barrier does
 nothing. What runs behind the program's back ends as late as it may: copies into shared memory at
@@ -26,6 +26,14 @@ class Pointer:
 
     def __add__(self, more: Any) -> "Pointer":
         return Pointer(self.memory, self.offset + more)
+
+    def to(self, dtype: torch.dtype, bitcast: bool) -> "Pointer":
+        assert bitcast and not self.offset
+        return Pointer(self.memory.view(dtype))
+
+    @property
+    def dtype(self) -> types.SimpleNamespace:
+        return types.SimpleNamespace(element_ty=self.memory.dtype)
 
 
 @dataclass
@@ -59,6 +67,8 @@ class Product:
 
     def _now(self) -> Tensor:
         left = self.left.content if isinstance(self.left, Shared) else self.left
+        if left.dtype == torch.int8:
+            return (left.double() @ self.right.content.double()).int()
         return left.float() @ self.right.content.float()
 
     def end(self) -> None:
@@ -66,6 +76,14 @@ class Product:
         assert torch.equal(own, self.at_first) and own.isfinite().all(), "operands have changed"
         sums = self.sums.value if isinstance(self.sums, Product) else self.sums
         self.value = own if sums is None else sums + own
+
+
+_DTYPES = torch.int8, torch.int32, torch.int64, torch.float32, torch.bfloat16
+
+
+def nothing_in(memory: Tensor) -> None:
+    """Fills memory with what nobody may use."""
+    memory.fill_(99 if memory.dtype == torch.int8 else torch.nan)
 
 
 class Emulated:
@@ -95,6 +113,7 @@ class Emulated:
         known[id(function)] = made
         ours = {
             "gl": self,
+            "tl": self,
             "async_copy": self,
             "barrier": lambda: None,
             "fence_async_shared": lambda: None,
@@ -114,12 +133,14 @@ class Emulated:
         return made
 
     # The language.
-    int32, int64, float32, bfloat16 = torch.int32, torch.int64, torch.float32, torch.bfloat16
+    int8, int32, int64, float32, bfloat16 = _DTYPES
     static_range = range
     minimum = staticmethod(lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)))
     maximum = staticmethod(lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b)))
     where = staticmethod(lambda c, a, b: torch.where(torch.as_tensor(c), a, b))
-    exp2, ceil = staticmethod(torch.exp2), staticmethod(torch.ceil)
+    exp, exp2, ceil = staticmethod(torch.exp), staticmethod(torch.exp2), staticmethod(torch.ceil)
+    to_tensor = staticmethod(torch.tensor)
+    pointer_type = staticmethod(lambda dtype: dtype)
     reshape = staticmethod(lambda a, shape: a.reshape(shape))
     permute = staticmethod(lambda a, order: a.permute(*order))
     split = staticmethod(lambda a: a.unbind(-1))
@@ -148,7 +169,9 @@ class Emulated:
     def full(self, shape: list[int], value: float, dtype: torch.dtype, layout: Any) -> Tensor:
         return torch.full(shape, value, dtype=dtype)
 
-    def load(self, place: Pointer, mask: Any = True, other: float = 0.0) -> Tensor:
+    def load(
+        self, place: Pointer, mask: Any = True, other: float = 0, cache_modifier: str = ""
+    ) -> Tensor:
         offset = torch.as_tensor(place.offset).long()
         there = torch.as_tensor(mask).broadcast_to(offset.shape)
         found = place.memory[torch.where(there, offset, 0)]
@@ -158,6 +181,14 @@ class Emulated:
         assert value.dtype == place.memory.dtype
         there = torch.as_tensor(mask).broadcast_to(value.shape)
         place.memory[torch.as_tensor(place.offset).long()[there]] = value[there]
+
+    def atomic_add(self, place: Pointer, value: Any, sem: str) -> Tensor:
+        before = place.memory[int(place.offset)].clone()
+        place.memory[int(place.offset)] += int(value)
+        return before
+
+    def atomic_xchg(self, place: Pointer, value: int, sem: str) -> None:
+        place.memory[int(place.offset)] = value
 
     def inline_asm_elementwise(
         self, text: str, constraints: str, values: list[Any], dtype: Any, is_pure: bool, pack: int
@@ -178,11 +209,13 @@ class Emulated:
         return values[0] >> 31
 
     def allocate_shared_memory(self, dtype: torch.dtype, shape: list[int], layout: Any) -> Shared:
-        return Shared(torch.full(shape, torch.nan, dtype=dtype))
+        memory = torch.empty(shape, dtype=dtype)
+        nothing_in(memory)
+        return Shared(memory)
 
-    def async_copy_global_to_shared(self, part: Shared, place: Pointer) -> None:
-        self._copies[-1].append((part.content, self.load(place)))
-        part.content.fill_(torch.nan)
+    def async_copy_global_to_shared(self, part: Shared, place: Pointer, mask: Any = True) -> None:
+        self._copies[-1].append((part.content, self.load(place, mask)))
+        nothing_in(part.content)
         for product in self._products:
             assert torch.equal(product._now(), product.at_first), "copied over an operand"
 
