@@ -65,6 +65,12 @@ def compress(
         str | None,
         typer.Option(help="of embeddings and head, or plain", show_default=EMBEDDINGS),
     ] = None,
+    whole_scales: Annotated[
+        bool,
+        typer.Option(
+            "--whole-scales", help="of 4 bits: engines with prompt_error multiply as integers"
+        ),
+    ] = False,
     like: Annotated[
         Path | None,
         typer.Option(help="compressed checkpoint whose formats and surviving weights are taken"),
@@ -93,6 +99,7 @@ def compress(
         pattern = None if like is None else _pattern(like, source, taken)
         if pattern is not None:
             recipe = pattern.recipe(way)
+        recipe = _whole(recipe) if whole_scales else recipe
         tokens = sequences(text, Tokenizer(source), count, length, seed)
         where = device_of(device)
         if recover is not None and adapter is not None:
@@ -116,6 +123,7 @@ def compress(
                 "sha256": sha256(tokens.numpy().tobytes()).hexdigest(),
             },
             "torch": version("torch"),
+            **({"whole_scales": True} if whole_scales else {}),
         }
         pruned = target if recover is None else target.with_name(target.name + ".one-shot")
         like_print = None if pattern is None else pattern.fingerprint
@@ -174,6 +182,17 @@ def _recipe(
     if format is not None:
         raise ConfigError("--format and --weight-bits both say how a weight is stored: give one")
     return Recipe.from_knobs(knobs, mode, exceptions)
+
+
+def _whole(recipe: Recipe) -> Recipe:
+    """The same with whole scales; ConfigError if it makes no weight of 4 bits."""
+    formats = {recipe.format, *recipe.exceptions.values()}
+    if not any(format is not None and format.bits == 4 for format in formats):
+        raise ConfigError(
+            "--whole-scales is for weights of 4 bits: give --format 5:16-int4-g64 or alike, or "
+            "leave it out"
+        )
+    return replace(recipe, whole=True)
 
 
 def _is_dense(recipe: Recipe) -> bool:

@@ -229,7 +229,7 @@ def _compress_layer(
         weight, sums = packed_order(name, tensors[name]), moments.sums[name]
         try:
             own = made.get(name) or _compress_weight(
-                weight, format, recipe.mode, sums, counts, maps.get(full)
+                weight, format, recipe, sums, counts, maps.get(full)
             )
         except (LayoutError, ConfigError) as fault:
             raise ConfigError(
@@ -259,7 +259,7 @@ def _check_pairs(index: int, recipe: Recipe) -> None:
 def _compress_weight(
     weight: Tensor,
     format: Format,
-    mode: Mode,
+    recipe: Recipe,
     sums: Tensor,
     counts: Tensor,
     mask: Tensor | None,
@@ -267,11 +267,13 @@ def _compress_weight(
     """One weight [R, K], or each of a stack of experts [E, R, K]."""
     mask = None if mask is None else mask.to(weight.device)
     if weight.dim() == 2:
-        return compress(weight, sums, format, mode, mask)
-    modes = [mode if count >= LEAST_INPUTS else "magnitude" for count in counts.tolist()]
+        return compress(weight, sums, format, recipe.mode, mask, recipe.whole)
+    modes: list[Mode] = [
+        recipe.mode if count >= LEAST_INPUTS else "magnitude" for count in counts.tolist()
+    ]
     masks = [None] * len(weight) if mask is None else mask
     singles = [
-        compress(own, moment, format, way, kept)
+        compress(own, moment, format, way, kept, recipe.whole)
         for own, moment, way, kept in zip(weight, sums, modes, masks, strict=True)
     ]
     fields = singles[0].tensors()

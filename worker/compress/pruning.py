@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.formats import SPAN, Format, PackedWeight
+from ...kernels.integer.weights import Ruler, pack_whole
 from ...kernels.layouts import pack
 from ..errors import ConfigError
 
@@ -30,15 +31,23 @@ _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 
 
 def compress(
-    weight: Tensor, moments: Tensor, format: Format, mode: Mode, mask: Tensor | None = None
+    weight: Tensor,
+    moments: Tensor,
+    format: Format,
+    mode: Mode,
+    mask: Tensor | None = None,
+    whole: bool = False,
 ) -> PackedWeight:
     """`weight` [R, K] in `format`; `moments` [K, K] of its inputs, which "magnitude" ignores.
 
-    A `mask` (bool [R, K]) tells who survives; only values are then chosen by `mode`. Raises
+    A `mask` (bool [R, K]) tells who survives; only values are then chosen by `mode`. If `whole`,
+    scales of 4-bit formats are whole numbers of units (`kernels.integer.weights`). Raises
     ConfigError for moments that are not finite, and LayoutError as `pack` does.
     """
+    whole = whole and format.bits == 4
+    by_size = pack_whole if whole else pack
     if mode == "magnitude":
-        return pack(weight, format, mask=mask)
+        return by_size(weight, format, mask=mask)
     moments = moments.float()
     if not bool(moments.isfinite().all()):
         raise ConfigError("the calibration's activations overflow float32; use other text")
@@ -46,8 +55,8 @@ def compress(
         if mask is None:
             strength = weight.float().abs() * moments.diagonal().sqrt()
             mask = strongest(strength, format.kept)
-        return pack(weight, format, mask=mask)
-    values, mask, scales = _sweep(weight, moments, format, mask)
+        return by_size(weight, format, mask=mask)
+    values, mask, scales = _sweep(weight, moments, format, mask, whole)
     return pack(values, format, mask=mask, scales=scales)
 
 
@@ -68,12 +77,15 @@ def output_error(weight: Tensor, changed: Tensor, moments: Tensor) -> float:
 
 
 def _sweep(
-    weight: Tensor, moments: Tensor, format: Format, fixed: Tensor | None
+    weight: Tensor, moments: Tensor, format: Format, fixed: Tensor | None, whole: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """SparseGPT with rounding: values [R, K], mask [R, K], scales [K / group, R] or None.
 
-    The mask is the `fixed` one if there is one.
+    The mask is the `fixed` one if there is one. If `whole`, what scales are multiples of follows
+    from the weight as it was, before the sweep comes to know them.
     """
+    planned = pack_whole(weight, format, mask=fixed).scales if whole else None
+    ruler = None if planned is None else Ruler.of(_by_group(planned, len(weight)))
     work = weight.float().clone()
     factor = _inverse_factor(moments)
     columns, width = work.shape[1], format.group or 8 * SPAN
@@ -88,6 +100,8 @@ def _sweep(
             if fixed is None:
                 likely = strongest(_harm(block, own), format.kept)
             scale = _best_scale(torch.where(likely, block, 0.0), format.bits)
+            if ruler is not None:
+                scale = ruler.nearest(scale, begin // width)
             scales.append(scale)
         for first in range(0, end - begin, SPAN):
             span = slice(first, first + SPAN)
@@ -102,6 +116,11 @@ def _sweep(
                 errors[:, column] = error
         work[:, end:] -= errors @ factor[begin:end, end:]
     return values, mask, torch.stack(scales) if scales else None
+
+
+def _by_group(scales: Tensor, rows: int) -> Tensor:
+    """[K / group, R] of scales as they are stored, [T, K / group, 128]."""
+    return scales.movedim(0, 1).flatten(1)[:, :rows]
 
 
 def _harm(block: Tensor, factor: Tensor) -> Tensor:

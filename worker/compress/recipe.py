@@ -24,6 +24,8 @@ class Recipe:
     counts."""
     embeddings: Format | None = None
     """Of embeddings and head, if they are no exceptions; see `of_table`."""
+    whole: bool = False
+    """Scales of 4-bit formats are whole numbers of their row's unit, but those of embeddings."""
 
     @classmethod
     def from_knobs(

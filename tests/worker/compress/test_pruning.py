@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from conclave.kernels.formats import Format
+from conclave.kernels.integer.weights import is_whole
 from conclave.kernels.layouts import mask_of, pack, unpack, validate
 from conclave.worker.compress.pruning import MODES, Mode, compress, output_error, strongest
 from conclave.worker.errors import ConfigError
@@ -46,6 +47,22 @@ def test_the_more_a_mode_knows_the_less_it_harms(text: str) -> None:
         )
         assert sparsegpt < 0.8 * wanda
         assert wanda < magnitude or format.dense
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_whole_scales(mode: Mode) -> None:
+    """They cost little, and formats of other bits stay as they are."""
+    weight, moments = problem(64, 256)
+    format = Format.parse("5:16-int4-g64")
+    whole = compress(weight, moments, format, mode, whole=True)
+    validate(whole)
+    assert is_whole(whole)
+    usual = compress(weight, moments, format, mode)
+    off, least = (output_error(weight, unpack(own), moments) for own in (whole, usual))
+    assert not is_whole(usual) and off < 1.1 * least
+    other = Format.parse("8:16-int8-g64")
+    same = (compress(weight, moments, other, mode, whole=choice) for choice in (True, False))
+    assert torch.equal(*map(unpack, same))
 
 
 def test_inputs_that_tell_nothing_leave_the_largest() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ....kernels.formats import SPAN, Format, PackedWeight
+from ....kernels.integer.weights import is_whole, whole_scales
 from ....kernels.layouts import mask_of, pack, scales_of
 from ...model.decoder import Decoder
 from ...model.packed import packed_order, plain_order
@@ -66,6 +67,8 @@ class Stored(nn.Module):
             least = scales[scales > 0].min() if bool((scales > 0).any()) else scales.new_ones(())
             self.register_buffer("scales", scales.clamp(min=least), persistent=False)
             self.growth = nn.Parameter(torch.zeros_like(scales))
+        self.whole = is_whole(packed)
+        """Whether scales are whole numbers of units, and stay it."""
 
     def forward(self, values: Tensor) -> Tensor:
         """float32 [E?, R, K], exactly as `repacked` will hold it."""
@@ -97,7 +100,9 @@ class Stored(nn.Module):
         return pack(weight.contiguous(), self.format, mask=mask, scales=scales)
 
     def _current(self, growth: Tensor) -> Tensor:
-        return _bfloat16(self.scales * growth.exp())
+        """float32 [E?, R, G]."""
+        scales = self.scales * growth.exp()
+        return _whole(scales) if self.whole else _bfloat16(scales)
 
 
 def train_packed(
@@ -152,6 +157,12 @@ def _round(values: Tensor) -> Tensor:
 
 def _bfloat16(values: Tensor) -> Tensor:
     rounded: Tensor = _Replaced.apply(values, values.detach().bfloat16().float())  # type: ignore[no-untyped-call]
+    return rounded
+
+
+def _whole(scales: Tensor) -> Tensor:
+    near = whole_scales(scales.detach().transpose(-1, -2)).float().transpose(-1, -2)
+    rounded: Tensor = _Replaced.apply(scales, near)  # type: ignore[no-untyped-call]
     return rounded
 
 

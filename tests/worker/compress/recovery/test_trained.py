@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from conclave.kernels.formats import Format
+from conclave.kernels.integer.weights import is_whole, pack_whole
 from conclave.kernels.layouts import mask_of, pack, unpack
 from conclave.worker.compress.recovery.trained import Stored
 from conclave.worker.model.packed import packed_order, plain_order
@@ -33,6 +34,25 @@ def test_it_starts_and_ends_as_stored(format: str, name: str, experts: tuple[int
     assert not torch.equal(unpack(again), unpack(packed))
     assert torch.equal(plain_order(name, unpack(again)), own(values).detach())
     assert torch.equal(mask_of(again), mask_of(packed)), "the map stays"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_whole_scales_stay_whole(name: str) -> None:
+    torch.manual_seed(1)
+    weight = torch.randn(140, 128)
+    packed = pack_whole(packed_order(name, weight), Format.parse("5:16-int4-g64"))
+    own = Stored(name, packed, weight)
+    values = plain_order(name, unpack(packed)).requires_grad_(True)
+    assert torch.equal(own(values), values), "as it was read"
+    optimizer = torch.optim.AdamW([values, *own.parameters()], lr=0.02)
+    for _ in range(5):
+        ((own(values) - weight.roll(1, -1)) ** 2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    again = own.repacked(values)
+    assert is_whole(again) and again.scales is not None and packed.scales is not None
+    assert not torch.equal(again.scales, packed.scales)
+    assert torch.equal(plain_order(name, unpack(again)), own(values).detach())
 
 
 def test_gradients_pass_rounding_but_not_the_limits_or_the_map() -> None:
