@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from conclave.kernels.formats import Format, PackedWeight, from_tensors
+from conclave.kernels.integer.weights import pack_whole
 from conclave.kernels.layouts import pack
 from conclave.worker.memory.experts.cache import ExpertCache
 from conclave.worker.memory.streaming.layers import LayerStream
@@ -34,8 +35,11 @@ class RandomModel:
         format: Format | None,
         device: torch.device,
         tables: Format = TABLES,
+        whole: bool = False,
     ) -> None:
+        """If `whole`, scales are whole numbers of their row's unit."""
         self.config = config
+        self.pack = pack_whole if whole else pack
         self.format = format
         self.tables = tables
         self.device = device
@@ -90,7 +94,7 @@ class RandomModel:
 
         def make() -> _Weight:
             drawn = self._normal(shape)
-            return drawn if self.format is None else pack(drawn, self.format)
+            return drawn if self.format is None else self.pack(drawn, self.format)
 
         kind = name.removeprefix(f"layers.{index}."), shape
         return _turned(self._once(kind, make), index)

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from .errors import ConfigError
-from .knobs import MOST_GIB, Knobs
+from .knobs import MOST_ERROR, MOST_GIB, Knobs
 
 FLEET_SECRET = "CONCLAVE_FLEET_SECRET"
 """Environment variable with the secret of a fleet; without it every fleet makes one of its own."""
@@ -19,6 +19,11 @@ FLEET_SECRET_KEY = "conclave-fleet"
 """Metadata key under which a worker's callers show the fleet's secret."""
 FLEET_SECRET_LENGTH = 16
 """The shortest that is taken."""
+
+LEAST_PROMPT_ERROR = 0.005
+"""Below, two digits of 8 bits could not hold every row."""
+LEAST_PROMPT_STEP = 1024
+"""Tokens of a step that are multiplied as integers."""
 
 Count = Annotated[int, Field(gt=0, lt=2**31)]
 """More is a mistake, and what follows from it may not even be a number."""
@@ -42,6 +47,12 @@ class EngineConfig(BaseModel):
     loading packs them by magnitude alone; None leaves them to the knobs."""
     knobs: Knobs = Knobs()
     """How much of the model is kept, and what it may take; see docs/knobs.md."""
+    prompt_error: float | None = Field(default=None, ge=LEAST_PROMPT_ERROR, le=MOST_ERROR)
+    """||x - seen|| / ||x|| at most, of what linears are given for each token: in steps of 1,024
+    tokens and more they may then multiply as integers of 8 bits, which a Hopper card does faster.
+    It is for weights of 4 bits with whole scales (`conclave compress --whole-scales`; weights that
+    loading packs get them). None multiplies in the model's dtype. Needs `max_step_tokens` of 1,024
+    at least."""
     max_context: Count | None = None
     """Longest prompt plus answer in tokens; None takes the model's own limit, at most 8192."""
     max_sequences: Count = 64
@@ -105,6 +116,15 @@ class EngineConfig(BaseModel):
             raise ValueError(
                 "kv_host_gib keeps keys and values in the model's dtype only, not yet those that "
                 "knobs.max_error stores in narrow numbers: give one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _steps_are_long_enough(self) -> "EngineConfig":
+        if self.prompt_error is not None and self.max_step_tokens < LEAST_PROMPT_STEP:
+            raise ValueError(
+                f"prompt_error is for steps of {LEAST_PROMPT_STEP} tokens and more, and "
+                f"max_step_tokens is {self.max_step_tokens}: raise that, or leave prompt_error out"
             )
         return self
 

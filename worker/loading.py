@@ -24,6 +24,7 @@ from .memory.streaming.coded import stream_of
 from .memory.streaming.layers import LayerStream
 from .model.config import ModelConfig, cache_groups
 from .model.decoder import Decoder
+from .model.integers import allow_integers, choose_integers
 from .model.packed import pack_decoder, packable, round_decoder
 from .model.storage import Storage, storage_of
 from .narrow import (
@@ -142,7 +143,7 @@ def _load(config: EngineConfig, progress: Progress | None) -> LoadedModel:
     with ExitStack() as undo:
         if stream is not None:
             undo.callback(stream.close)
-        decoder = _decoder(folder, model, device, dtype, format, stream, progress)
+        decoder = _decoder(config, model, device, dtype, format, stream, progress)
         memory = cache_memory(device) if budget is None else budget.cache
         plan, caches, kv_error = _caches(config, model, decoder, memory, device, dtype)
         host = _host_blocks(plan, caches, model, device)
@@ -159,7 +160,7 @@ def _load(config: EngineConfig, progress: Progress | None) -> LoadedModel:
         device=device,
         dtype=dtype,
         parameters=sum(parameter.numel() for parameter in blank.parameters()),
-        fingerprint=fingerprint(folder) + (f" {format}" if format else ""),
+        fingerprint=fingerprint(folder) + _packed_as(format, config),
     )
 
 
@@ -187,7 +188,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def _decoder(
-    folder: Path,
+    config: EngineConfig,
     model: ModelConfig,
     device: torch.device,
     dtype: torch.dtype,
@@ -196,11 +197,15 @@ def _decoder(
     progress: Progress | None,
 ) -> Decoder:
     """The decoder of either kind of checkpoint, packed into `format` and streamed if so asked."""
+    folder, error, integers = config.model, config.prompt_error, 0
 
     def settle(decoder: Decoder, layer: int) -> None:
+        nonlocal integers
         if format is not None:
             change = round_decoder if device.type == "cpu" else pack_decoder
-            change(decoder, format, layer)
+            change(decoder, format, layer, whole=error is not None)
+        if error is not None:
+            integers += allow_integers(decoder, layer, error)
         if stream is not None:
             stream.take(decoder, layer)
 
@@ -212,6 +217,8 @@ def _decoder(
         torch.cuda.empty_cache()
     if stream is not None:
         stream.start(decoder)
+    if error is not None:
+        choose_integers(decoder, integers, device)
     return decoder
 
 
@@ -261,6 +268,12 @@ def _host_blocks(
         return None
     assert isinstance(caches, PlainCaches), "the settings exclude narrow numbers"
     return HostBlocks(caches.tensors, cache_groups(model), plan.host, device)
+
+
+def _packed_as(format: Format | None, config: EngineConfig) -> str:
+    """What loading made of a plain checkpoint's weights, for its fingerprint."""
+    whole = "" if config.prompt_error is None else ", whole scales"
+    return "" if format is None else f" {format}{whole}"
 
 
 def _canonical_json(path: Path) -> bytes:

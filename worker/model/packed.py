@@ -12,11 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.errors import LayoutError
+from ...kernels.integer.linear import integer_gated_linear, integer_linear
+from ...kernels.integer.weights import pack_whole
 from ...kernels.layouts import Format, PackedWeight, pack, rows_at, unpack
 from ...kernels.linear import gated_linear, grouped_linear, linear
 from ..errors import ConfigError
 from .decoder import Decoder
 from .layers import MLP, Experts, SelfAttention
+
+MANY = 1024
+"""Tokens from which on products of integers are faster than those of bfloat16, whatever the shape
+(an H100)."""
 
 
 class PackedLinear(nn.Module):
@@ -25,8 +31,12 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: PackedWeight) -> None:
         super().__init__()
         self.weight = weight
+        self.error: float | None = None
+        """Of activations, where many are multiplied as integers; see `integers`."""
 
     def forward(self, hidden: Tensor) -> Tensor:
+        if self.error is not None and len(hidden) >= MANY:
+            return integer_linear(hidden, self.weight, self.error)
         return linear(hidden, self.weight)
 
 
@@ -52,8 +62,12 @@ class PackedGate(nn.Module):
     def __init__(self, weight: PackedWeight) -> None:
         super().__init__()
         self.weight = weight
+        self.error: float | None = None
+        """As of `PackedLinear`."""
 
     def forward(self, hidden: Tensor) -> Tensor:
+        if self.error is not None and len(hidden) >= MANY:
+            return integer_gated_linear(hidden, self.weight, self.error)
         return gated_linear(hidden, self.weight)
 
 
@@ -90,23 +104,28 @@ class PackedExperts(Experts):
         return grouped_linear(grouped_linear(inputs, gate_up, experts, gated=True), down, experts)
 
 
-def pack_decoder(decoder: Decoder, format: Format, layer: int | None = None) -> None:
+def pack_decoder(
+    decoder: Decoder, format: Format, layer: int | None = None, whole: bool = False
+) -> None:
     """Bring the large weights of one layer, or of every one, into `format`, in place.
 
+    If `whole`, scales of 4-bit formats are whole numbers of units (`kernels.integer.weights`).
     Raises ConfigError, which names the weight, if the format does not fit it.
     """
     for module, names in packable(decoder, layer).items():
         plain = [decoder.get_parameter(name) for name in names]
-        weights = [_pack(*each, format) for each in zip(names, plain, strict=True)]
+        weights = [_pack(*each, format, whole) for each in zip(names, plain, strict=True)]
         put_packed(decoder, module, weights, plain[0].dtype)
 
 
-def round_decoder(decoder: Decoder, format: Format, layer: int | None = None) -> None:
+def round_decoder(
+    decoder: Decoder, format: Format, layer: int | None = None, whole: bool = False
+) -> None:
     """Give the same weights the values that `pack_decoder` would keep, and leave them dense."""
     for names in packable(decoder, layer).values():
         for name in names:
             weight = decoder.get_parameter(name)
-            fill(name, weight, _pack(name, weight, format))
+            fill(name, weight, _pack(name, weight, format, whole))
 
 
 def packable(decoder: Decoder, layer: int | None = None) -> dict[str, tuple[str, ...]]:
@@ -229,8 +248,9 @@ def _is_gated(name: str) -> bool:
     return name.removesuffix(".weight").endswith(".gate_up")
 
 
-def _pack(name: str, weight: Tensor, format: Format) -> PackedWeight:
+def _pack(name: str, weight: Tensor, format: Format, whole: bool = False) -> PackedWeight:
+    own = packed_order(name, weight.detach())
     try:
-        return pack(packed_order(name, weight.detach()), format)
+        return pack_whole(own, format) if whole and format.bits == 4 else pack(own, format)
     except LayoutError as error:
         raise ConfigError(f"{name} cannot be stored as {format}: {error}") from error
