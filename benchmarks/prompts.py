@@ -29,7 +29,7 @@ from conclave.worker.memory.shapes import shape_settings
 from conclave.worker.model.config import ModelConfig
 from conclave.worker.model.decoder import Decoder
 from conclave.worker.model.integers import allow_integers, keep_the_faster
-from conclave.worker.model.packed import PackedGate, PackedLinear
+from conclave.worker.model.packed import MANY, PackedGate, PackedLinear
 
 from .clock import Time, replayed
 from .random_model import RandomModel
@@ -46,7 +46,10 @@ CHANNELS, ANYWHERE = "three channels", "anywhere"
 CASES = ((0.0, ""), (0.01, CHANNELS), (0.2, CHANNELS), (0.01, ANYWHERE), (0.2, ANYWHERE))
 HEADLINE_TOKENS = 2048
 TOKENS = (1024, HEADLINE_TOKENS, 4096)
-TINY = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 512}
+TINY = {
+    **{"hidden_size": 256, "intermediate_size": 512, "vocab_size": 512, "head_dim": 64},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_global_key_value_heads": 1},
+}
 Linear = PackedLinear | PackedGate
 
 
@@ -91,8 +94,8 @@ def measure(device: torch.device, dry: bool) -> dict[str, Any]:
     print(f"{machine()}: {LAYERS} layers")
     decoder = RandomModel(config, FORMAT, device, whole=True).decoder()
     rows = []
-    for tokens in (128,) if dry else TOKENS:
-        for share, where in CASES if tokens == HEADLINE_TOKENS else CASES[:1]:
+    for tokens in (MANY,) if dry else TOKENS:
+        for share, where in CASES if dry or tokens == HEADLINE_TOKENS else CASES[:1]:
             rows.append(drawn_row(decoder, tokens, share, where, device, dry))
             print(rows[-1], flush=True)
         for error in () if dry else (ERROR, LOOSE):
