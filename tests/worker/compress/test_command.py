@@ -9,11 +9,17 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
+from conclave.kernels.integer.weights import is_whole
 from conclave.worker import Engine, Knobs
 from conclave.worker.compress.__main__ import app
+from conclave.worker.compress.reader import load_compressed
 from conclave.worker.compress.recipe import Recipe
 from conclave.worker.errors import ConfigError
+from conclave.worker.model.config import ModelConfig
+from conclave.worker.model.packed import PackedGate, PackedLinear
 
+CPU = torch.device("cpu")
+LINEARS = (PackedLinear, PackedGate)
 SMALL = ("--sequences", "4", "--length", "16", "--device", "cpu", "--format", "8:16-bf16")
 
 
@@ -69,6 +75,22 @@ def test_recovered(text: Path, text_checkpoint: Path, tmp_path: Path) -> None:
     assert again.exit_code == 1 and "other settings" in " ".join(again.output.split())
     refused = run(pruned, other, *by_hand, "--gradual", "2", command="recover")
     assert refused.exit_code == 1 and "gradual is 2" in " ".join(refused.output.split())
+
+
+def test_whole_scales(text: Path, text_checkpoint: Path, tmp_path: Path) -> None:
+    """In every weight of four bits, pruned and after it was recovered."""
+    made = tmp_path / "made"
+    options = ("--format", "5:16-int4-g32", "--keep", "*.out.weight=dense-int8-g32")
+    own = ("--text", text, *SMALL, *options, "--whole-scales", "--recover", "2")
+    done = run(text_checkpoint, made, *own)
+    assert done.exit_code == 0, done.output
+    for folder in (made, tmp_path / "made.one-shot"):
+        decoder = load_compressed(
+            folder, ModelConfig.load(folder), CPU, torch.bfloat16, packed=True
+        )
+        found = [m.weight for m in decoder.layers.modules() if isinstance(m, LINEARS)]
+        assert {weight.format.bits for weight in found} == {4, 8}
+        assert all(is_whole(weight) for weight in found if weight.format.bits == 4)
 
 
 def test_an_adapter_is_merged(text: Path, text_checkpoint: Path, tmp_path: Path) -> None:
@@ -157,10 +179,11 @@ def test_knobs_that_compress_nothing_are_told() -> None:
         (("--embeddings", "int8"), "no format; write"),
         (("--weight-bits", "8"), "--format and --weight-bits both say"),
         (("--weight-bits", "5"), "--weight-bits: choose one of 4, 8, 16 (given: 5)"),
+        (("--whole-scales",), "--whole-scales is for weights of 4 bits"),
     ],
 )
 def test_wrong_options_are_told(
-    arguments: tuple[str, str], message: str, text: Path, text_checkpoint: Path, tmp_path: Path
+    arguments: tuple[str, ...], message: str, text: Path, text_checkpoint: Path, tmp_path: Path
 ) -> None:
     done = run(text_checkpoint, tmp_path / "made", "--text", text, *SMALL, *arguments)
     assert done.exit_code == 1 and message in " ".join(done.output.split())
