@@ -6,6 +6,8 @@ does it, whose activations are exact; on a CPU the reference of this does, so th
 compared. `integer_linear` is a torch custom op, as those of `kernels.linear` are.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ from ..formats import Format, PackedWeight
 from ..launching.targets import target_of
 from ..scratch import scratch
 from . import reference
-from .digits import fits, to_digits
+from .digits import TALL, fits, to_digits
 from .product import product
 from .weights import row_units
 
@@ -77,7 +79,10 @@ def _integer_linear(
         units = row_units(weight)
         integers = scratch(weight, torch.int8)
         expand_integers(weight, units, integers)
-        product(to_digits(flat, max_error), integers, units, out, added, scale, gated)
+        for part in _parts(*flat.shape):
+            own = None if added is None else added[part]
+            rows_in_digits = to_digits(flat[part], max_error)
+            product(rows_in_digits, integers, units, out[part], own, scale, gated)
     return out.view(*x.shape[:-1], out.shape[1])
 
 
@@ -95,6 +100,12 @@ def _(
     gated: bool,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], rows // 2 if gated else rows))
+
+
+def _parts(tokens: int, columns: int) -> Iterator[slice]:
+    """As many tokens at once as places among their digits are told in 32 bits; whole tiles."""
+    step = (1 << 30) // columns // TALL * TALL
+    return (slice(first, first + step) for first in range(0, tokens, step))
 
 
 def supports(weight: PackedWeight) -> bool:

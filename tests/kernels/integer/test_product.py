@@ -7,7 +7,7 @@ from torch import Tensor
 from conclave.kernels import reference as exact
 from conclave.kernels.formats import Format, PackedWeight
 from conclave.kernels.integer.digits import SECOND, TALL, WIDE, Digits
-from conclave.kernels.integer.linear import integer_gated_linear, integer_linear
+from conclave.kernels.integer.linear import _parts, integer_gated_linear, integer_linear
 from conclave.kernels.integer.product import _integer_product
 from conclave.kernels.integer.reference import rounded, whole_numbers
 from conclave.kernels.integer.weights import whole_scales
@@ -132,6 +132,17 @@ def test_awkward_shapes(tokens: int, rows: int, columns: int, outliers: int, for
         assert relative(found, wanted.double()) <= 3e-3
     after = launches()["integer_product", "bundle"] + launches()["integer_product", "jit"]
     assert after == before + 3
+
+
+@pytest.mark.parametrize("columns", [128, 5376, 21504, 1 << 15])
+def test_places_are_told_in_32_bits(columns: int) -> None:
+    parts = list(_parts(200_000, columns))
+    lengths = [len(range(*part.indices(200_000))) for part in parts]
+    assert sum(lengths) == 200_000 and (len(parts) > 1) == (columns > 5368)
+    assert all(
+        2 * length * columns <= 1 << 31 and part.start % TALL == 0
+        for length, part in zip(lengths, parts, strict=True)
+    )
 
 
 @pytest.mark.gpu
