@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError
+from ..model.config import ModelConfig
 from ..model.layers import DecoderLayer, Experts
 from ..text.tokenizer import Tokenizer
 
@@ -90,6 +91,18 @@ def all_sequences(path: Path, tokenizer: Tokenizer, length: int, seed: int) -> T
     if len(tokens) < length:
         raise ConfigError(f"{path} has {len(tokens)} tokens, less than one sequence of {length}")
     return tokens[: len(tokens) // length * length].view(-1, length)
+
+
+def check_ids(tokens: Tensor, *folders: Path) -> None:
+    """ConfigError if text has token ids that the model of a checkpoint's folder lacks."""
+    most = int(tokens.max())
+    for folder in folders:
+        vocabulary = ModelConfig.load(folder).vocabulary
+        if most >= vocabulary:
+            raise ConfigError(
+                f"the text has token id {most}, but {folder} knows only ids below {vocabulary}: "
+                "it and the tokenizer do not belong together"
+            )
 
 
 def _in_turn(texts: list[Text], draw: random.Random) -> Iterator[Text]:

@@ -21,7 +21,7 @@ from ..knobs import Knobs
 from ..loading import device_of, fingerprint
 from ..model.config import ModelConfig
 from ..text.tokenizer import Tokenizer
-from .calibration import sequences
+from .calibration import check_ids, sequences
 from .console import errors_told, progress, stderr
 from .layerwise import compress_checkpoint, measure
 from .manifest import MANIFEST, read_manifest
@@ -101,6 +101,7 @@ def compress(
             recipe = pattern.recipe(way)
         recipe = _whole(recipe) if whole_scales else recipe
         tokens = sequences(text, Tokenizer(source), count, length, seed)
+        check_ids(tokens, source)
         where = device_of(device)
         if recover is not None and adapter is not None:
             raise ConfigError(

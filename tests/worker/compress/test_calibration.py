@@ -12,6 +12,7 @@ from conclave.worker.compress.calibration import (
     Moments,
     Shares,
     Text,
+    check_ids,
     read_texts,
     sequences,
 )
@@ -85,6 +86,18 @@ def test_too_little_text_is_refused(tmp_path: Path, text_checkpoint: Path) -> No
     path = write_jsonl(tmp_path / "text.jsonl", [{"text": "few words"}])
     with pytest.raises(ConfigError, match="fewer or shorter"):
         sequences(path, Tokenizer(text_checkpoint), 100, 100, 0)
+
+
+def test_ids_that_a_model_lacks(tiny_checkpoint: Checkpoint) -> None:
+    """Also where only the per-layer table is short, of the second of two models."""
+    whole, short = tiny_checkpoint("5"), tiny_checkpoint("5-small-table")
+    known = ModelConfig.load(short).vocabulary
+    tokens = torch.tensor([[3, known - 1], [4, 5]])
+    check_ids(tokens, whole, short)
+    tokens[1, 0] = known
+    check_ids(tokens, whole)
+    with pytest.raises(ConfigError, match=f"token id {known}, but .* below {known}"):
+        check_ids(tokens, whole, short)
 
 
 def decoder_of(folder: Path) -> Decoder:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ...loading import device_of
 from ...text.tokenizer import Tokenizer
-from ..calibration import all_sequences
+from ..calibration import all_sequences, check_ids
 from ..console import errors_told, progress
 from .recover import recover_checkpoint
 from .schedule import Schedule
@@ -108,15 +108,17 @@ def recover_from_text(
     """As `recover_checkpoint`, on the text of a file; without `held_out` 1/50 of it is set aside.
 
     `synthetic` sequences that the original and `teachers` write are added. Shows how far it is.
-    Raises ConfigError for text that cannot be read or is too short.
+    Raises ConfigError for text that cannot be read, is too short, or has ids that a model lacks.
     """
     tokenizer = Tokenizer(original)
     tokens = all_sequences(text, tokenizer, length, schedule.seed)
+    check_ids(tokens, original, *teachers)
     if held_out is None:
         aside = math.ceil(len(tokens) / 50)
         tokens, judged = tokens[aside:], tokens[:aside]
     else:
         judged = all_sequences(held_out, tokenizer, length, schedule.seed)
+        check_ids(judged, original, *teachers)
     if synthetic:
         with progress("writing text") as told:
             folders = original, *teachers
