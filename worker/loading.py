@@ -1,19 +1,17 @@
 """From settings to a model that can run: device, weights, tokenizer, and a cache that fits."""
 
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 
 import torch
 
 from ..kernels.errors import CodeError, LayoutError
 from ..kernels.layouts import Format
-from .compress.manifest import MANIFEST, read_manifest
+from .compress.fingerprint import fingerprint
 from .compress.reader import check_settings, is_compressed, load_compressed, read_list
 from .config import EngineConfig
 from .errors import CheckpointError, ConfigError
@@ -47,9 +45,6 @@ log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Called with tensors loaded so far and in all."""
-
-_SAMPLES, _SAMPLE_BYTES = 64, 65536
-"""Places and bytes read of each weight file for the fingerprint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,44 +142,24 @@ def _load(config: EngineConfig, progress: Progress | None) -> LoadedModel:
         memory = cache_memory(device) if budget is None else budget.cache
         plan, caches, kv_error = _caches(config, model, decoder, memory, device, dtype)
         host = _host_blocks(plan, caches, model, device)
+        if host is not None:
+            undo.callback(host.close)
+        size = config.block_size
+        loaded = LoadedModel(
+            config=model,
+            runner=ModelRunner(decoder, model, caches, size, device, dtype, stream, host),
+            tokenizer=tokenizer,
+            cache=plan,
+            storage=storage,
+            precision=replace(storage.precision, kv_error=kv_error),
+            windows=tuple(group.window for group in cache_groups(model)),
+            device=device,
+            dtype=dtype,
+            parameters=sum(parameter.numel() for parameter in blank.parameters()),
+            fingerprint=fingerprint(folder) + _packed_as(format, config),
+        )
         undo.pop_all()
-    runner = ModelRunner(decoder, model, caches, config.block_size, device, dtype, stream, host)
-    return LoadedModel(
-        config=model,
-        runner=runner,
-        tokenizer=tokenizer,
-        cache=plan,
-        storage=storage,
-        precision=replace(storage.precision, kv_error=kv_error),
-        windows=tuple(group.window for group in cache_groups(model)),
-        device=device,
-        dtype=dtype,
-        parameters=sum(parameter.numel() for parameter in blank.parameters()),
-        fingerprint=fingerprint(folder) + _packed_as(format, config),
-    )
-
-
-def fingerprint(folder: Path) -> str:
-    """SHA-256 of the configuration and of the weight files' names, sizes and samples.
-
-    Reads 4 MiB a file, so it is cheap even for 60 GB: the headers, and places spread evenly over
-    the weights. Other training changes weights everywhere and so is seen; a change of a few
-    numbers may not be. A compressed checkpoint has the checksums of its files at hand.
-    """
-    digest = sha256(_canonical_json(folder / "config.json"))
-    if is_compressed(folder):
-        files = read_manifest(folder / MANIFEST).files
-        for name in sorted(name for name in files if name.endswith(".safetensors")):
-            digest.update(f"{name}:{files[name].sha256}".encode())
-        return digest.hexdigest()
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        with path.open("rb") as file:
-            for index in range(_SAMPLES):
-                file.seek(max(0, size - _SAMPLE_BYTES) * index // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
+    return loaded
 
 
 def _decoder(
@@ -274,10 +249,6 @@ def _packed_as(format: Format | None, config: EngineConfig) -> str:
     """What loading made of a plain checkpoint's weights, for its fingerprint."""
     whole = "" if config.prompt_error is None else ", whole scales"
     return "" if format is None else f" {format}{whole}"
-
-
-def _canonical_json(path: Path) -> bytes:
-    return json.dumps(json.loads(path.read_text()), sort_keys=True).encode()
 
 
 def _spare_threads() -> int:

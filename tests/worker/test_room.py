@@ -10,6 +10,7 @@ import torch
 from conclave.worker import Engine, Knobs, loading
 from conclave.worker.errors import ConfigError
 from conclave.worker.running.caches import PlainCaches
+from conclave.worker.running.host_blocks import HostBlocks
 
 Checkpoint = Callable[[int | str], Path]
 SMALL: dict[str, Any] = {
@@ -77,3 +78,24 @@ def test_memory_that_a_neighbour_takes_is_told(
     monkeypatch.setattr(PlainCaches, "empty", empty)
     with pytest.raises(ConfigError, match=f"has no room: .* allocate 20.00 GiB: {remedy}"):
         Engine(tiny_checkpoint("1"), **SMALL, **settings)
+
+
+def test_what_was_locked_is_let_go_if_loading_fails_at_its_end(
+    tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_go: list[HostBlocks] = []
+    usual = HostBlocks.close
+
+    def close(own: HostBlocks) -> None:
+        let_go.append(own)
+        usual(own)
+
+    monkeypatch.setattr(HostBlocks, "close", close)
+
+    def fail(folder: Path) -> str:
+        raise OSError(f"{folder} has gone")
+
+    monkeypatch.setattr(loading, "fingerprint", fail)
+    with pytest.raises(OSError, match="has gone"):
+        Engine(tiny_checkpoint(1), kv_tokens=96, kv_host_gib=0.01, **SMALL)
+    assert len(let_go) == 1

@@ -18,11 +18,12 @@ from ...kernels.errors import LayoutError
 from ...kernels.formats import Format
 from ..errors import ConfigError
 from ..knobs import Knobs
-from ..loading import device_of, fingerprint
+from ..loading import device_of
 from ..model.config import ModelConfig
 from ..text.tokenizer import Tokenizer
 from .calibration import check_ids, sequences
 from .console import errors_told, progress, stderr
+from .fingerprint import fingerprint
 from .layerwise import compress_checkpoint, measure
 from .manifest import MANIFEST, read_manifest
 from .pruning import MODES, Mode

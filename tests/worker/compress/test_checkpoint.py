@@ -18,11 +18,12 @@ from conclave.kernels.layouts import pack, unpack
 from conclave.worker import Engine
 from conclave.worker.compress.checkpoint import CheckpointWriter, Weights
 from conclave.worker.compress.contents import Contents, file_of
+from conclave.worker.compress.fingerprint import fingerprint
 from conclave.worker.compress.manifest import MANIFEST, PROGRESS, REST, FileRecord
 from conclave.worker.compress.reader import load_compressed
 from conclave.worker.config import EngineConfig
 from conclave.worker.errors import CheckpointError, ConfigError
-from conclave.worker.loading import fingerprint, load_model
+from conclave.worker.loading import load_model
 from conclave.worker.model.config import ModelConfig
 from conclave.worker.model.decoder import Decoder, DenseAttention
 from conclave.worker.model.packed import PackedExperts, PackedLinear, PackedMLP, packed_order

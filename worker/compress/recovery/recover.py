@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ....kernels.formats import PackedWeight
 from ...errors import CheckpointError, ConfigError
-from ...loading import fingerprint
 from ...model.config import ModelConfig
 from ...weights import load_decoder
 from ..checkpoint import CheckpointWriter
+from ..fingerprint import fingerprint
 from ..reader import load_compressed, read_list, read_weights
 from .schedule import Schedule
 from .training import Look, Recovery, Told

@@ -12,9 +12,9 @@ from torch import Tensor
 from ....kernels.formats import Format, PackedWeight
 from ....kernels.layouts import mask_of
 from ...errors import CheckpointError
-from ...loading import fingerprint
 from ...model.config import ModelConfig
 from ..contents import Contents
+from ..fingerprint import fingerprint
 from ..pruning import Mode
 from ..reader import read_list, read_weights
 from ..recipe import Recipe
