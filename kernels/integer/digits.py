@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..errors import KernelInputError
 from ..launching.launch import Kernel, Variant
+from ..launching.targets import NVIDIA
 
 LIMIT = 127
 """The largest digit."""
@@ -35,6 +36,8 @@ LEAST_ERROR = 0.005
 """Below, a step of what is allowed could be too small for the largest number of a row, and sums too
 large for 32 bits."""
 MOST_COLUMNS = 1 << 15
+HOPPER = tuple(target for target in NVIDIA if target.capability == 90)
+"""Cards for which there is a product of digits."""
 _LIMIT = tl.constexpr(float(LIMIT))
 _SECOND = tl.constexpr(float(SECOND))
 _TALL = tl.constexpr(TALL)
@@ -187,7 +190,7 @@ def _program(columns: int) -> dict[str, Any]:
 
 
 def variants() -> Iterator[Variant]:
-    """What the bundle holds."""
+    """What the bundle holds, for the cards that have a product."""
     types = ("*i8", "*fp32", "*i32", "*i32", "*bf16", "fp32", "i32", "i32")
     for columns in (1 << 13, 1 << 15):
-        yield Variant(_kernel, types, **_program(columns))
+        yield Variant(_kernel, types, **_program(columns), targets=HOPPER)

@@ -27,7 +27,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..launching.launch import Kernel, Variant
-from ..launching.targets import NVIDIA
 from ..workspace import barrier, epilogue_of, gated
 from . import digits
 from .digits import Digits
@@ -256,7 +255,6 @@ def _integer_product(
 _kernel = Kernel(
     _integer_product, grid="min(tiles, processors)", multiples_of_16=("rows", "columns")
 )
-_HOPPER = tuple(target for target in NVIDIA if target.capability == 90)
 
 
 def variants() -> Iterator[Variant]:
@@ -264,7 +262,7 @@ def variants() -> Iterator[Variant]:
     for epilogue in (0, _ADDED.value, _GATED.value):
         added = "*bf16" if epilogue == _ADDED.value else "none"
         types = ("*bf16", "*i8", "*i8", *["*fp32"] * 2, *["*i32"] * 2, added, *["i32"] * 3, "fp32")
-        yield Variant(_kernel, types, {"EPILOGUE": epilogue}, WARPS, 1, _HOPPER)
+        yield Variant(_kernel, types, {"EPILOGUE": epilogue}, WARPS, 1, digits.HOPPER)
 
 
 def product(

@@ -20,6 +20,7 @@ from ..errors import LayoutError
 from ..formats import TILE, Format, PackedWeight
 from ..launching.launch import Kernel, Variant
 from ..layouts import pack
+from .digits import HOPPER
 
 MOST = 15
 """Units in the largest scale of a row."""
@@ -109,4 +110,5 @@ def row_units(weight: PackedWeight) -> Tensor:
 def variants() -> Iterator[Variant]:
     """What the bundle holds: up to 32,768 columns in groups of 64."""
     for bits in range(1, 10):
-        yield Variant(_kernel, ("*fp32", "*bf16", "i32"), {"GROUPS": 1 << bits}, warps=8)
+        types, constants = ("*fp32", "*bf16", "i32"), {"GROUPS": 1 << bits}
+        yield Variant(_kernel, types, constants, warps=8, targets=HOPPER)

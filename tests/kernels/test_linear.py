@@ -122,6 +122,9 @@ def test_written_out_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICES == ["cpu"]:
         monkeypatch.setattr(module, "expand", lambda weight, out: unpack(weight, out=out))
         monkeypatch.setattr(module, "let_through", through)
+        monkeypatch.setattr(
+            module, "scratch", lambda own, dtype: torch.empty(own.rows, own.columns, dtype=dtype)
+        )
     weight = weight_of("dense-int8-g64", 1000, 704)
     x, residual = torch.randn(300, 704), torch.randn(300, 1000)
     exact = x.double() @ unpack(weight.to("cpu")).double().T

@@ -19,15 +19,26 @@ WHOLE = ("sm_90", "gfx1201")
 """Compiled for any number of tokens; the others for the most of them alone."""
 DECODING = ("unrank", "restore")
 """Of lossless codes."""
+BETWEEN = ("norm_heads", "let_through")
+"""Products."""
+INTEGERS = ("integer_product", "to_digits")
 EXPECTED = {
-    "sm_89": {"sparse_gemv", "token_pairs", "tile_mma", "dense_gemv", "interleave", *DECODING},
+    "sm_89": {
+        "sparse_gemv",
+        "token_pairs",
+        "tile_mma",
+        "dense_gemv",
+        "interleave",
+        *DECODING,
+        *BETWEEN,
+    },
     "sm_90": {
         *{"sparse_gemv", "token_pairs", "tile_wgmma", "dense_gemv", "interleave"},
         *{"tile_persistent", "tile_staged", "arrange", "prefill_wide"},
-        *DECODING,
+        *(*DECODING, *BETWEEN, *INTEGERS),
     },
-    "gfx1100": {"sparse_gather", "dense_gemv", *DECODING},
-    "gfx1201": {"sparse_gather", "dense_gemv", *DECODING},
+    "gfx1100": {"sparse_gather", "dense_gemv", *DECODING, *BETWEEN},
+    "gfx1201": {"sparse_gather", "dense_gemv", *DECODING, *BETWEEN},
 }
 BESIDE = 12
 """Values that 5:16's programs of eight tokens may keep in memory, where no loop over columns runs
@@ -37,10 +48,11 @@ BESIDE = 12
 def is_hot(variant: Variant) -> bool:
     """Whether it multiplies by 5:16 or dense int4 with wide groups, prepares for it, or attends.
 
-    Or decodes lossless codes.
+    Or decodes lossless codes, or multiplies integers.
     """
     kept, bits, group = (variant.constants.get(key) for key in ("KEPT", "BITS", "GROUP"))
-    if variant.kernel.name in ("token_pairs", "interleave", "arrange", "prefill_wide", *DECODING):
+    prepares = ("token_pairs", "interleave", "arrange", *DECODING, *BETWEEN, *INTEGERS)
+    if variant.kernel.name in (*prepares, "prefill_wide"):
         return True
     if variant.kernel.name == "dense_gemv":
         return bits == 4
