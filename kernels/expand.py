@@ -23,15 +23,13 @@ from torch import Tensor
 from .errors import KernelInputError
 from .formats import SHIPPED, TILE, Format, PackedWeight, tensor_types
 from .launching.launch import Kernel, Variant
-from .launching.targets import NVIDIA
+from .launching.targets import HOPPER
 
 ROWS, COLUMNS, WARPS = 64, 128, 4
 _TILE = tl.constexpr(TILE)
 ONE = 0x3F800000
 """The bits of 1.0 in float32."""
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_HOPPER = tuple(target for target in NVIDIA if target.capability == 90)
-"""Cards that multiply by integers (`integer.product`)."""
 
 
 @triton.jit
@@ -205,7 +203,7 @@ def variants() -> Iterator[Variant]:
         yield Variant(kernel, ("*bf16", *types, "none", *["i32"] * 4), constants, warps=WARPS)
         if format.bits == 4:
             types = ["*i8", *types, "*fp32", *["i32"] * 4]
-            yield Variant(kernel, tuple(types), constants, warps=WARPS, targets=_HOPPER)
+            yield Variant(kernel, tuple(types), constants, warps=WARPS, targets=HOPPER)
 
 
 def expand(

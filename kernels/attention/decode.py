@@ -21,7 +21,6 @@ sequence, which `prefill` takes.
 """
 
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +29,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import KernelInputError
 from ..launching.launch import Kernel, Variant
-from ..launching.targets import ALL, KIB, NVIDIA, Target, target_of
+from ..launching.targets import ALL, KIB, NVIDIA, Target, processors_of, target_of
 from ..sparse_gemv import overlaps
 from ..workspace import PARTIALS, workspace
 from .cache import KeyRule, KVFormat, NarrowCache
@@ -123,13 +122,6 @@ def _joining(head: dict[str, Any], overlap: bool, targets: tuple[Target, ...]) -
     return Variant(join_splits, types, constants, targets=targets, options=_options(overlap))
 
 
-@lru_cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 2
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 def decode(
     query: Tensor,
     cache: NarrowCache | PlainCache,
@@ -190,7 +182,7 @@ def _decode(
     spare = 64 + (rows * heads * (dim + 2) if narrow else 0)
     listed = kv_heads * _LISTED if kernel is decode_mma else 0
     room = (len(space) - spare) // (rows * (heads * (dim + 2) + listed))
-    slots = plan.programs * _processors(query.device)
+    slots = plan.programs * processors_of(query.device)
     splits = splits_of(slots, rows * kv_heads, keys, room, plan.tile)
     sums, space = _cut(space, rows * heads * splits * dim)
     marks, space = _cut(space, rows * heads * splits * 2)

@@ -20,7 +20,6 @@ Probabilities are rounded to bfloat16. It gave up windows, and keys that a mask 
 """
 
 from collections.abc import Iterator
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -34,7 +33,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..launching.launch import Kernel, Variant
-from ..launching.targets import NVIDIA, Target
+from ..launching.targets import HOPPER, Target, processors_of
 from ..workspace import barrier
 from .wide_parts import (
     BLOCK,
@@ -298,8 +297,7 @@ _kernel = Kernel(_prefill_wide, grid="programs")
 def variants() -> Iterator[Variant]:
     """What the bundle holds."""
     types = (*["*bf16"] * 4, "*i32", *["*fp32"] * 2, *["i32"] * 6)
-    hopper = tuple(target for target in NVIDIA if target.capability == 90)
-    yield Variant(_kernel, types, {}, WARPS, 1, hopper)
+    yield Variant(_kernel, types, {}, WARPS, 1, HOPPER)
 
 
 def takes(query: Tensor, keys: int, window: int | None, target: Target | None) -> bool:
@@ -309,7 +307,7 @@ def takes(query: Tensor, keys: int, window: int | None, target: Target | None) -
     """
     _, heads, dim = query.shape
     return (
-        (target is not None and target.vendor == "nvidia" and target.capability == 90)
+        (target is not None and target.is_hopper)
         and (query.dtype == torch.bfloat16 and dim == DIM.value)
         and (len(query) >= FEW and (window is None or window >= keys))
         and max(keys, BLOCK.value * heads) * dim <= 1 << 31
@@ -326,7 +324,7 @@ def prefill_wide(query: Tensor, key: Tensor, value: Tensor, offset: int, out: Te
         out: like `query`; written.
     """
     queries, heads, _ = query.shape
-    scratch = Scratch.of(queries, heads, offset + queries, _processors(query.device))
+    scratch = Scratch.of(queries, heads, offset + queries, processors_of(query.device))
     _kernel.launch(
         (scratch.programs,),
         *(out, query, key, value, *_made(scratch, query.device)),
@@ -343,8 +341,3 @@ def _made(scratch: Scratch, device: torch.device) -> tuple[Tensor, Tensor, Tenso
         torch.empty(scratch.marks, dtype=torch.float32, device=device),
         torch.empty(scratch.sums, dtype=torch.float32, device=device),
     )
-
-
-@lru_cache
-def _processors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)

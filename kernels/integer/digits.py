@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import KernelInputError
 from ..launching.launch import Kernel, Variant
-from ..launching.targets import NVIDIA
+from ..launching.targets import HOPPER
 
 LIMIT = 127
 """The largest digit."""
@@ -36,8 +36,6 @@ LEAST_ERROR = 0.005
 """Below, a step of what is allowed could be too small for the largest number of a row, and sums too
 large for 32 bits."""
 MOST_COLUMNS = 1 << 15
-HOPPER = tuple(target for target in NVIDIA if target.capability == 90)
-"""Cards for which there is a product of digits."""
 _LIMIT = tl.constexpr(float(LIMIT))
 _SECOND = tl.constexpr(float(SECOND))
 _TALL = tl.constexpr(TALL)

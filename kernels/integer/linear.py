@@ -123,5 +123,4 @@ def on_hopper(device: torch.device) -> bool:
     """Whether there is a kernel for the device."""
     if device.type != "cuda":
         return False
-    target = target_of(device.index or 0)
-    return target.vendor == "nvidia" and target.capability == 90
+    return target_of(device.index or 0).is_hopper

@@ -13,9 +13,7 @@ that several programs read at different times come from memory each time.
 """
 
 from collections.abc import Iterator
-from functools import lru_cache
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -27,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..launching.launch import Kernel, Variant
+from ..launching.targets import HOPPER, processors_of
 from ..workspace import barrier, epilogue_of, gated
 from . import digits
 from .digits import Digits
@@ -262,7 +261,7 @@ def variants() -> Iterator[Variant]:
     for epilogue in (0, _ADDED.value, _GATED.value):
         added = "*bf16" if epilogue == _ADDED.value else "none"
         types = ("*bf16", "*i8", "*i8", *["*fp32"] * 2, *["*i32"] * 2, added, *["i32"] * 3, "fp32")
-        yield Variant(_kernel, types, {"EPILOGUE": epilogue}, WARPS, 1, digits.HOPPER)
+        yield Variant(_kernel, types, {"EPILOGUE": epilogue}, WARPS, 1, HOPPER)
 
 
 def product(
@@ -288,15 +287,10 @@ def product(
     tokens, height = rows.codes.shape[1], len(weight)
     tiles = -(-tokens // digits.TALL) * -(-height // ROWS)
     _kernel.launch(
-        (min(tiles, _processors(weight.device)),),
+        (min(tiles, processors_of(weight.device)),),
         *(out, rows.codes, weight, units, rows.steps, rows.owners, rows.marks, residual),
         *(tokens, height, weight.shape[1], scale),
         constants={"EPILOGUE": epilogue_of(residual, gated)},
         warps=WARPS,
         stages=1,
     )
-
-
-@lru_cache
-def _processors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)

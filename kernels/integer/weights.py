@@ -19,8 +19,8 @@ from torch import Tensor
 from ..errors import LayoutError
 from ..formats import TILE, Format, PackedWeight
 from ..launching.launch import Kernel, Variant
+from ..launching.targets import HOPPER
 from ..layouts import pack
-from .digits import HOPPER
 
 MOST = 15
 """Units in the largest scale of a row."""

@@ -8,6 +8,7 @@ run on the one processor that they name.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -50,6 +51,11 @@ class Target:
         return int(self.name.removeprefix("sm_"))
 
     @property
+    def is_hopper(self) -> bool:
+        """Whether it has `wgmma`."""
+        return self.vendor == "nvidia" and self.capability == 90
+
+    @property
     def has_portable_ptx(self) -> bool:
         """Whether newer cards can run the PTX of this one."""
         return self.vendor == "nvidia" and self.capability < 90
@@ -63,6 +69,7 @@ NVIDIA = (
     Target("sm_100", 227 * KIB),
     Target("sm_120", 99 * KIB),
 )
+HOPPER = tuple(target for target in NVIDIA if target.is_hopper)
 AMD = tuple(
     Target(name, 64 * KIB)
     for name in ("gfx90a", "gfx942", "gfx1100", "gfx1101", "gfx1200", "gfx1201")
@@ -78,6 +85,14 @@ def target_of(device: int) -> Target:
     if torch.version.hip is not None:
         return Target(properties.gcnArchName.split(":")[0], shared_memory)
     return Target(f"sm_{properties.major}{properties.minor}", shared_memory)
+
+
+@lru_cache
+def processors_of(device: torch.device) -> int:
+    """How many programs run at once, each by itself; a few on a CPU, in the interpreter."""
+    if device.type != "cuda":
+        return 2
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def binary_for(card: Target, compiled: Iterable[str]) -> str | None:

@@ -23,7 +23,7 @@ from ..checks import misfit
 from ..errors import KernelInputError
 from ..formats import SHIPPED, Format, PackedWeight
 from ..launching.launch import Kernel, Variant
-from ..launching.targets import KIB, NVIDIA, target_of
+from ..launching.targets import HOPPER, KIB, NVIDIA, target_of
 from ..tuning import matmul_splits, persistent_programs
 from ..workspace import COUNTERS, epilogue_of, workspace
 from .decode import STEP, interleave, supports, word_layout
@@ -55,8 +55,7 @@ _PHASES = {8: 768, 16: 768, 32: 384, 64: 384, 128: 128}
 """Columns whose activations `wgmma` copies at once, at most, by tokens of a program."""
 _PROGRAMS_EACH = {16: 4, 32: 3, 64: 2}
 """Of `mma` that fit a processor, by tokens of a program."""
-_HOPPER = tuple(target for target in NVIDIA if target.capability == 90)
-_OTHERS = tuple(target for target in NVIDIA if target.capability != 90)
+_OTHERS = tuple(target for target in NVIDIA if not target.is_hopper)
 
 
 class Staged(NamedTuple):
@@ -162,15 +161,15 @@ def variants() -> Iterator[Variant]:
     for tokens, sparse in product((128, 192, 256), (False, True)):
         order = {"TOKENS": tokens, "SPARSE": sparse, "BLOCK": _BLOCK, "OVERLAP": True}
         yield Variant(
-            _arranged, ("*bf16", "*bf16", "i32", "i32"), order, 4, 1, _HOPPER, _options(True)
+            _arranged, ("*bf16", "*bf16", "i32", "i32"), order, 4, 1, HOPPER, _options(True)
         )
     for format in filter(lambda each: supports(each, STEP * 2), SHIPPED):
         codes = "*i32" if format.dense and format.bits == 4 else "*i8" if format.dense else "*u8"
         weight = (codes, "*bf16", "*bf16")
         types = (*weight, "*i32", "*fp32", "*i32", *["i32"] * 5, "fp32")
-        for targets, sizes in ((_HOPPER, (8, 16, 32, 64, 128)), (_OTHERS, (16, 32, 64))):
+        for targets, sizes in ((HOPPER, (8, 16, 32, 64, 128)), (_OTHERS, (16, 32, 64))):
             for tokens in sizes:
-                hopper = targets is _HOPPER
+                hopper = targets is HOPPER
                 plan = _plan(format, tokens, hopper, 8)
                 own = (*["*bf16"] * (3 if hopper else 2), *types)
                 yield Variant(plan.kernel, own, plan.constants, WARPS, 1, targets, plan.options)
@@ -179,11 +178,11 @@ def variants() -> Iterator[Variant]:
             found = _staged_plan(format, tokens)
             if found is not None:
                 plan = found[0]
-                yield Variant(plan.kernel, own, plan.constants, WARPS, 1, _HOPPER, plan.options)
+                yield Variant(plan.kernel, own, plan.constants, WARPS, 1, HOPPER, plan.options)
         types = ("*bf16", "*bf16", *weight, "*fp32", "*i32", *["i32"] * 5, "fp32")
         for tokens in (128, 192, 256):
             constants, options = _persistent_plan(format, tokens)[1], _options(True)
-            yield Variant(_persistent, types, constants, WARPS_PERSISTENT, 1, _HOPPER, options)
+            yield Variant(_persistent, types, constants, WARPS_PERSISTENT, 1, HOPPER, options)
 
 
 def _options(overlap: bool) -> dict[str, bool]:
