@@ -28,7 +28,6 @@ _MOST = tl.constexpr(float(MOST))
 _TILE = tl.constexpr(TILE)
 _ULPS = 1 << 20
 """Of float32 in the last of four significant bits."""
-_SLACK = 64
 
 
 class Ruler(NamedTuple):
@@ -41,16 +40,17 @@ class Ruler(NamedTuple):
 
     @classmethod
     def of(cls, scales: Tensor) -> Self:
-        """The least units that 15 of reach the largest scale of a row; `scales` [..., G, R]."""
+        """The units that 15 of are nearest to the largest scale of a row; `scales` [..., G, R]."""
         most, largest = scales.float().max(-2)
         bits = (most / MOST).view(torch.int32)
-        # What is one of four bits already, but for an error of dividing, stays it.
-        units = ((bits + _ULPS - _SLACK) // _ULPS * _ULPS).view(torch.float32)
-        return cls(units, largest)
+        return cls(((bits + _ULPS // 2) // _ULPS * _ULPS).view(torch.float32), largest)
 
-    def nearest(self, scales: Tensor, group: int) -> Tensor:
-        """float32 [..., R]: the scales of a group as the nearest multiples, 1 to 15."""
-        multiples = torch.where(self.units > 0, scales.float() / self.units, 0.0).round()
+    def nearest(self, scales: Tensor, group: int, beside: int = 0) -> Tensor:
+        """float32 [..., R]: the scales of a group as the nearest multiples, 1 to 15.
+
+        Or so many units beside it, but for the group whose scale is 15.
+        """
+        multiples = torch.where(self.units > 0, scales.float() / self.units, 0.0).round() + beside
         whole = torch.where(self.largest == group, MOST, multiples.clamp(1, MOST))
         return whole * self.units
 

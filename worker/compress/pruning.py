@@ -10,6 +10,7 @@
 depends on. Plain torch, float32, on the weight's device; the same inputs give the same bytes.
 """
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -99,9 +100,11 @@ def _sweep(
             likely = mask[:, begin:end]
             if fixed is None:
                 likely = strongest(_harm(block, own), format.kept)
-            scale = _best_scale(torch.where(likely, block, 0.0), format.bits)
+            survivors = torch.where(likely, block, 0.0)
+            scale = _best_scale(survivors, format.bits)
             if ruler is not None:
-                scale = ruler.nearest(scale, begin // width)
+                near = [ruler.nearest(scale, begin // width, beside) for beside in (-1, 0, 1)]
+                scale = _best_of(near, survivors, format.bits)
             scales.append(scale)
         for first in range(0, end - begin, SPAN):
             span = slice(first, first + SPAN)
@@ -153,11 +156,15 @@ def _inverse_factor(moments: Tensor) -> Tensor:
 
 def _best_scale(block: Tensor, bits: int) -> Tensor:
     """float32 [R] of bfloat16 values: of several clippings the one with the least squared error."""
-    limit = 2 ** (bits - 1) - 1
-    largest = block.abs().amax(1)
-    best, least = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
-    for clip in _CLIPS if bits < 8 else _CLIPS[:1]:
-        scale = (largest * clip / limit).bfloat16().float()
+    limit, largest = 2 ** (bits - 1) - 1, block.abs().amax(1)
+    clips = _CLIPS if bits < 8 else _CLIPS[:1]
+    return _best_of([(largest * clip / limit).bfloat16().float() for clip in clips], block, bits)
+
+
+def _best_of(scales: Sequence[Tensor], block: Tensor, bits: int) -> Tensor:
+    """Of each row's scales, float32 [R], the first with the least squared error."""
+    best, least = torch.zeros_like(scales[0]), torch.full_like(scales[0], torch.inf)
+    for scale in scales:
         error = (_round(block, scale[:, None], bits) - block).square().sum(1)
         best = torch.where(error < least, scale, best)
         least = torch.minimum(error, least)
