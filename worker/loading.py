@@ -193,7 +193,7 @@ def _decoder(
     if stream is not None:
         stream.start(decoder)
     if error is not None:
-        choose_integers(decoder, integers, device)
+        choose_integers(decoder, integers, device, dtype)
     return decoder
 
 

@@ -41,13 +41,15 @@ def allow_integers(decoder: Decoder, layer: int, max_error: float) -> int:
     return found
 
 
-def choose_integers(decoder: Decoder, found: int, device: torch.device) -> None:
+def choose_integers(decoder: Decoder, found: int, device: torch.device, dtype: torch.dtype) -> None:
     """`keep_the_faster` of the linears that were allowed to, and a word of what comes of it.
 
-    Elsewhere than on Hopper, and with other weights, products stay exact.
+    Elsewhere than on Hopper, in another dtype than bfloat16, and with other weights, products stay
+    exact.
     """
-    if not on_hopper(device):
-        log.warning("prompt_error changes nothing on %s: that is for Hopper cards", device)
+    if not on_hopper(device) or dtype != torch.bfloat16:
+        text = "prompt_error changes nothing on %s in %s: that is for bfloat16 on Hopper cards"
+        log.warning(text, device, dtype)
     elif not found:
         log.warning("prompt_error changes nothing: no weight has 4 bits and whole scales")
     else:
