@@ -24,7 +24,7 @@ from torch import Tensor
 from conclave.kernels.attention.prefill import prefill
 from conclave.kernels.formats import Format
 from conclave.kernels.integer.digits import to_digits
-from conclave.kernels.integer.linear import on_hopper
+from conclave.kernels.integer.multiply import on_hopper
 from conclave.worker.memory.shapes import shape_settings
 from conclave.worker.model.config import ModelConfig
 from conclave.worker.model.decoder import Decoder

@@ -6,6 +6,9 @@
 | 5 to `MANY`  | `matmul` (NVIDIA, bfloat16), else expand     | the same, groups of 64+ | expand |
 | more         | expand                                       | expand                  | expand |
 
+Given a `max_error`, 4-bit weights with whole scales are multiplied as integers on Hopper
+(`integer.multiply`), which pays from some hundred tokens on.
+
 Expanding writes the dense weight, or a bounded number of its rows at a time, into scratch memory
 that all layers share, and leaves the product to the vendor's library. On a CPU the reference runs.
 `linear`, `gated_linear`, `grouped_linear` are torch custom ops: they work on fake tensors, in
@@ -25,7 +28,10 @@ from .errors import KernelInputError
 from .expand import expand
 from .formats import TILE, Format, PackedWeight, from_tensors
 from .gate import let_through
-from .scratch import scratch
+from .integer.digits import LEAST_ERROR
+from .integer.multiply import multiply, on_hopper, supports
+from .integer.reference import rounded
+from .scratch import MOST_EXPANDED, scratch
 from .sparse_gemv import sparse_gemv
 from .tensor_cores import decode
 from .tensor_cores.grouping import MOST_TOKENS
@@ -33,8 +39,6 @@ from .tensor_cores.matmul import matmul
 
 MANY = 256
 """Tokens above which decoding for every 128 of them costs more than expanding once (an H100)."""
-MOST_EXPANDED = 1 << 28
-"""Weights that are written out dense at once: all of any layer, but not of a head."""
 MOST_COPIES = 1 << 15
 """Tokens that read a weight each, in one launch: a card's grid has room for 65,535. Of a power of
 two, parts of any width begin at multiples of 16 bytes."""
@@ -43,25 +47,34 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def linear(
-    x: Tensor, weight: PackedWeight, residual: Tensor | None = None, scale: float = 1.0
+    x: Tensor,
+    weight: PackedWeight,
+    residual: Tensor | None = None,
+    scale: float = 1.0,
+    max_error: float | None = None,
 ) -> Tensor:
     """(x weight^T + residual) * scale, from [..., K] to [..., R], in the dtype of `x`.
 
-    As `reference.linear`, on the device of `x`. Raises `KernelInputError` if something does not
-    fit.
+    As `reference.linear`, on the device of `x`. With a `max_error` the weight's scales are whole
+    (`integer.weights.is_whole`; not checked), and each row of `x` may be seen that far off,
+    ||x - seen|| / ||x||; a CPU then rounds it as a Hopper card does. Raises `KernelInputError` if
+    something does not fit.
     """
-    check(x, weight, residual, False)
-    result: Tensor = torch.ops.conclave.linear(x, *fields(weight), residual, scale, False)
+    _check(x, weight, residual, False, max_error)
+    result: Tensor = torch.ops.conclave.linear(
+        x, *_fields(weight), residual, scale, False, max_error
+    )
     return result
 
 
-def gated_linear(x: Tensor, weight: PackedWeight) -> Tensor:
+def gated_linear(x: Tensor, weight: PackedWeight, max_error: float | None = None) -> Tensor:
     """gelu_tanh(gate) * up, from [..., K] to [..., R/2]: rows 2i and 2i + 1 are gate's and up's.
 
-    As `reference.gated_linear`. Raises `KernelInputError` if something does not fit.
+    As `reference.gated_linear`; `max_error` as of `linear`. Raises `KernelInputError` if something
+    does not fit.
     """
-    check(x, weight, None, True)
-    result: Tensor = torch.ops.conclave.linear(x, *fields(weight), None, 1.0, True)
+    _check(x, weight, None, True, max_error)
+    result: Tensor = torch.ops.conclave.linear(x, *_fields(weight), None, 1.0, True, max_error)
     return result
 
 
@@ -79,7 +92,7 @@ def grouped_linear(
     several layers share. The results are then, bit for bit, those of a stack of so many.
     Raises `KernelInputError` if something else does not fit.
     """
-    check(x, weight, None, gated)
+    _check(x, weight, None, gated)
     if x.dim() != 2 or experts.shape != x.shape[:1] or experts.dtype != torch.int32:
         raise KernelInputError(
             f"x is {tuple(x.shape)} and experts {experts.dtype} {tuple(experts.shape)}; "
@@ -91,17 +104,24 @@ def grouped_linear(
         raise KernelInputError(f"experts is on {experts.device}, the weight on {weight.device}")
     if not 0 <= among <= weight.experts:
         raise KernelInputError(f"among is {among}; the stack holds {weight.experts}")
-    result: Tensor = torch.ops.conclave.grouped_linear(x, *fields(weight), experts, gated, among)
+    result: Tensor = torch.ops.conclave.grouped_linear(x, *_fields(weight), experts, gated, among)
     return result
 
 
-def fields(weight: PackedWeight) -> tuple[Tensor, Tensor | None, Tensor | None, str, int]:
+def _fields(weight: PackedWeight) -> tuple[Tensor, Tensor | None, Tensor | None, str, int]:
     """The weight as torch's ops can take it."""
     return weight.codes, weight.positions, weight.scales, str(weight.format), weight.rows
 
 
-def check(x: Tensor, weight: PackedWeight, residual: Tensor | None, gated: bool) -> None:
-    """Raises `KernelInputError` if the arguments of a linear do not fit each other."""
+def _check(
+    x: Tensor,
+    weight: PackedWeight,
+    residual: Tensor | None,
+    gated: bool,
+    max_error: float | None = None,
+) -> None:
+    if max_error is not None and not max_error >= LEAST_ERROR:
+        raise KernelInputError(f"max_error is {max_error}; it must be {LEAST_ERROR} at least")
     if not x.dim() or x.shape[-1] != weight.columns:
         raise KernelInputError(f"x is {tuple(x.shape)}; the weight has {weight.columns} columns")
     if gated and weight.rows % 2:
@@ -127,17 +147,19 @@ def _linear(
     residual: Tensor | None,
     scale: float,
     gated: bool,
+    max_error: float | None,
 ) -> Tensor:
     weight = PackedWeight(Format.parse(format), rows, x.shape[-1], codes, positions, scales)
     if x.device.type != "cuda":
+        seen = x if max_error is None else rounded(x, max_error)
         if gated:
-            return reference.gated_linear(x, weight)
-        return reference.linear(x, weight, residual, scale)
+            return reference.gated_linear(seen, weight).to(x.dtype)
+        return reference.linear(seen, weight, residual, scale).to(x.dtype)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     added = None if residual is None else residual.reshape(-1, rows).contiguous().to(x.dtype)
     out = torch.empty(len(flat), rows // 2 if gated else rows, dtype=x.dtype, device=x.device)
     if len(flat):
-        _multiply(flat, weight, out, added, scale, gated)
+        _multiply(flat, weight, out, added, scale, gated, max_error)
     return out.view(*x.shape[:-1], out.shape[1])
 
 
@@ -152,6 +174,7 @@ def _(
     residual: Tensor | None,
     scale: float,
     gated: bool,
+    max_error: float | None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], rows // 2 if gated else rows))
 
@@ -163,8 +186,12 @@ def _multiply(
     residual: Tensor | None,
     scale: float,
     gated: bool,
+    max_error: float | None = None,
 ) -> None:
     """`linear` or `gated_linear` into `out`, all on a card."""
+    if max_error is not None and _as_integers(x, weight):
+        multiply(x, weight, out, residual, scale, gated, max_error)
+        return
     format, columns, amd = weight.format, weight.columns, torch.version.hip is not None
     few = len(x) <= sparse.MOST_TOKENS
     # Tensor cores have caught up with dense int4 at two tokens: nothing is to be put in place.
@@ -234,6 +261,10 @@ def _multiply_exactly(
     elif residual is not None:
         exact += residual
     out.copy_(exact * scale)
+
+
+def _as_integers(x: Tensor, weight: PackedWeight) -> bool:
+    return x.dtype == torch.bfloat16 and supports(weight) and on_hopper(x.device)
 
 
 def _on_tensor_cores(x: Tensor, weight: PackedWeight) -> bool:

@@ -11,6 +11,9 @@ from torch import Tensor
 from .errors import KernelInputError
 from .formats import PackedWeight
 
+MOST_EXPANDED = 1 << 28
+"""Weights that are written out dense at once: all of any layer, but not of a head."""
+
 _memory: dict[torch.device, Tensor] = {}
 _recorded: dict[int, Tensor] = {}
 """What CUDA graphs write to, by its address. Nothing tells when a graph is gone."""

@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..formats import PackedWeight
 from .digits import _MARGIN, _STEP, LIMIT
 
 
@@ -35,20 +33,3 @@ def rounded(x: Tensor, max_error: float) -> Tensor:
     """Rows of `x` [..., K] as products of integers see them, float32."""
     whole, steps = whole_numbers(x.reshape(-1, x.shape[-1]), max_error)
     return (whole * steps[:, None]).view(x.shape)
-
-
-def integer_linear(
-    x: Tensor,
-    weight: PackedWeight,
-    max_error: float,
-    residual: Tensor | None = None,
-    scale: float = 1.0,
-) -> Tensor:
-    """`linear` of rows within `max_error`."""
-    exact = reference.linear(rounded(x, max_error), weight, residual, scale)
-    return exact.to(x.dtype)
-
-
-def integer_gated_linear(x: Tensor, weight: PackedWeight, max_error: float) -> Tensor:
-    """`gated_linear` of rows within `max_error`."""
-    return reference.gated_linear(rounded(x, max_error), weight).to(x.dtype)

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from benchmarks import prompts
-from conclave.kernels.formats import PackedWeight
-from conclave.kernels.integer.reference import integer_linear, whole_numbers
+from conclave.kernels.integer.reference import rounded, whole_numbers
 
 
 def test_every_case_is_compared() -> None:
@@ -28,9 +27,9 @@ def test_rows_fail_as_often_as_told(share: float, where: str) -> None:
 
 
 def test_a_wrong_product_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(x: torch.Tensor, weight: PackedWeight, max_error: float) -> torch.Tensor:
-        return 0.97 * integer_linear(x, weight, max_error)
+    def wrong(x: torch.Tensor, max_error: float) -> torch.Tensor:
+        return 0.97 * rounded(x, max_error)
 
-    monkeypatch.setattr("conclave.worker.model.packed.integer_linear", wrong)
+    monkeypatch.setattr("conclave.kernels.linear.rounded", wrong)
     with pytest.raises(AssertionError, match="off"):
         prompts.measure(torch.device("cpu"), dry=True)

@@ -14,8 +14,7 @@ from torch import Tensor
 from benchmarks.random_model import RandomModel
 from conclave.kernels.formats import Format
 from conclave.kernels.integer.digits import fits
-from conclave.kernels.integer.reference import integer_gated_linear, integer_linear
-from conclave.kernels.linear import linear
+from conclave.kernels.linear import gated_linear, linear
 from conclave.worker import Engine, EngineConfig
 from conclave.worker.memory.shapes import shape_settings
 from conclave.worker.model import integers, packed
@@ -55,10 +54,11 @@ def test_many_tokens_are_multiplied_so_and_few_are_not(monkeypatch: pytest.Monke
     monkeypatch.setattr(packed, "MANY", 5)
     for module in linears(decoder):
         x = torch.randn(5, module.weight.columns).bfloat16()
-        by = integer_gated_linear if isinstance(module, PackedGate) else integer_linear
-        assert torch.equal(module(x), by(x, module.weight, 0.03))
-        if isinstance(module, PackedLinear):
-            assert torch.equal(module(x[:4]), linear(x[:4], module.weight))
+        by = gated_linear if isinstance(module, PackedGate) else linear
+        rounded = by(x, module.weight, max_error=0.03)
+        assert torch.equal(module(x), rounded)
+        exact = by(x, module.weight)
+        assert torch.equal(module(x[:4]), exact[:4]) and not torch.equal(exact, rounded)
 
 
 def test_a_probe_leaves_out_those_that_would_be_slower(monkeypatch: pytest.MonkeyPatch) -> None:

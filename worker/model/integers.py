@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ...kernels.integer.digits import to_digits
-from ...kernels.integer.linear import on_hopper, supports
+from ...kernels.integer.multiply import on_hopper, supports
 from ...kernels.integer.weights import is_whole
 from .decoder import Decoder, DenseAttention
 from .packed import MANY, PackedGate, PackedLinear

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.errors import LayoutError
-from ...kernels.integer.linear import integer_gated_linear, integer_linear
 from ...kernels.integer.weights import pack_whole
 from ...kernels.layouts import Format, PackedWeight, pack, rows_at, unpack
 from ...kernels.linear import gated_linear, grouped_linear, linear
@@ -35,9 +34,7 @@ class PackedLinear(nn.Module):
         """Of activations, where many are multiplied as integers; see `integers`."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        if self.error is not None and len(hidden) >= MANY:
-            return integer_linear(hidden, self.weight, self.error)
-        return linear(hidden, self.weight)
+        return linear(hidden, self.weight, max_error=self.error if len(hidden) >= MANY else None)
 
 
 class PackedEmbedding(nn.Module):
@@ -66,9 +63,7 @@ class PackedGate(nn.Module):
         """As of `PackedLinear`."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        if self.error is not None and len(hidden) >= MANY:
-            return integer_gated_linear(hidden, self.weight, self.error)
-        return gated_linear(hidden, self.weight)
+        return gated_linear(hidden, self.weight, self.error if len(hidden) >= MANY else None)
 
 
 class PackedMLP(nn.Module):

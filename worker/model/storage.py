@@ -9,8 +9,8 @@ import torch
 
 from ...kernels.errors import LayoutError
 from ...kernels.formats import SPAN, Format, packed_bytes, tensor_shapes
-from ...kernels.linear import MOST_EXPANDED
 from ...kernels.lossless.codes import Code, code_of
+from ...kernels.scratch import MOST_EXPANDED
 from ..errors import ConfigError
 from ..precision import Precision
 from .config import ExpertsConfig

@@ -6,13 +6,14 @@ from torch import Tensor
 
 from conclave.kernels import reference as exact
 from conclave.kernels.formats import Format, PackedWeight
+from conclave.kernels.integer import multiply
 from conclave.kernels.integer.digits import SECOND, TALL, WIDE, Digits
-from conclave.kernels.integer.linear import _parts, integer_gated_linear, integer_linear
 from conclave.kernels.integer.product import _integer_product
 from conclave.kernels.integer.reference import rounded, whole_numbers
-from conclave.kernels.integer.weights import whole_scales
+from conclave.kernels.integer.weights import Ruler, whole_scales
 from conclave.kernels.launching.launch import launches
-from conclave.kernels.layouts import pack
+from conclave.kernels.layouts import pack, scales_of, unpack
+from conclave.kernels.linear import gated_linear, linear
 
 from ..emulated_gluon import Emulated
 
@@ -99,12 +100,53 @@ def test_on_a_cpu_rows_are_rounded(gated: bool) -> None:
     weight, x = whole_weight("5:16-int4-g128", 48, 256), rows_of(2, 256, 2)
     seen = rounded(x, 0.03)
     if gated:
-        found, wanted = integer_gated_linear(x, weight, 0.03), exact.gated_linear(seen, weight)
+        found, wanted = gated_linear(x, weight, 0.03), exact.gated_linear(seen, weight)
     else:
         added = torch.randn(2, 48)
-        found = integer_linear(x, weight, 0.03, added, 0.5)
+        found = linear(x, weight, added, 0.5, 0.03)
         wanted = exact.linear(seen, weight, added, 0.5)
     assert torch.equal(found, wanted) and not torch.equal(seen, x)
+
+
+def emulated(
+    rows: Digits,
+    weight: Tensor,
+    units: Tensor,
+    out: Tensor,
+    residual: Tensor | None,
+    scale: float,
+    gated: bool,
+) -> None:
+    """`product.product`."""
+    epilogue = 2 if gated else 0 if residual is None else 1
+    Emulated(_integer_product).launch(
+        *(3, out, rows.codes, weight, units, rows.steps, rows.owners, rows.marks, residual),
+        *(rows.codes.shape[1], *weight.shape, scale, epilogue),
+    )
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_many_tokens_are_multiplied_in_parts(gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with its own rows of the residual and of what is written."""
+    torch.manual_seed(0)
+    weight, x = whole_weight("5:16-int4-g128", 48, 256), rows_of(300, 256, 2).bfloat16()
+    units = Ruler.of(scales_of(weight).float().T).units
+    whole = (unpack(weight) / units[:, None]).round().char()
+    monkeypatch.setattr(multiply, "scratch", lambda own, dtype: torch.empty(own.shape, dtype=dtype))
+    monkeypatch.setattr(multiply, "row_units", lambda own: units)
+    monkeypatch.setattr(multiply, "expand_integers", lambda own, units, out: out.copy_(whole))
+    monkeypatch.setattr(multiply, "to_digits", digits_of)
+    monkeypatch.setattr(multiply, "product", emulated)
+    monkeypatch.setattr(multiply, "_parts", lambda *_: (slice(0, 128), slice(128, 384)))
+    residual = None if gated else torch.randn(300, 48).bfloat16()
+    out = torch.full((300, 24 if gated else 48), torch.nan).bfloat16()
+    multiply.multiply(x, weight, out, residual, 0.5, gated, 0.01)
+    seen = rounded(x, 0.01)
+    if gated:
+        wanted = exact.gated_linear(seen, weight) * 0.5
+    else:
+        wanted = exact.linear(seen, weight, residual, 0.5)
+    assert relative(out, wanted.double()) <= 3e-3
 
 
 @pytest.mark.gpu
@@ -125,9 +167,9 @@ def test_awkward_shapes(tokens: int, rows: int, columns: int, outliers: int, for
     seen = rounded(x, 0.01)
     before = launches()["integer_product", "bundle"] + launches()["integer_product", "jit"]
     for found, wanted in (
-        (integer_linear(x, weight, 0.01), exact.linear(seen, weight)),
-        (integer_linear(x, weight, 0.01, residual, 0.5), exact.linear(seen, weight, residual, 0.5)),
-        (integer_gated_linear(x, weight, 0.01), exact.gated_linear(seen, weight)),
+        (linear(x, weight, max_error=0.01), exact.linear(seen, weight)),
+        (linear(x, weight, residual, 0.5, 0.01), exact.linear(seen, weight, residual, 0.5)),
+        (gated_linear(x, weight, 0.01), exact.gated_linear(seen, weight)),
     ):
         assert relative(found, wanted.double()) <= 3e-3
     after = launches()["integer_product", "bundle"] + launches()["integer_product", "jit"]
@@ -136,7 +178,7 @@ def test_awkward_shapes(tokens: int, rows: int, columns: int, outliers: int, for
 
 @pytest.mark.parametrize("columns", [128, 5376, 21504, 1 << 15])
 def test_places_are_told_in_32_bits(columns: int) -> None:
-    parts = list(_parts(200_000, columns))
+    parts = list(multiply._parts(200_000, columns))
     lengths = [len(range(*part.indices(200_000))) for part in parts]
     assert sum(lengths) == 200_000 and (len(parts) > 1) == (columns > 5368)
     assert all(
@@ -151,11 +193,11 @@ def test_recorded_and_the_same_whatever_rows_are_beside() -> None:
     torch.manual_seed(0)
     weight = whole_weight("5:16-int4-g128", 1040, 1024).to("cuda")
     x = rows_of(700, 1024, 3).bfloat16().cuda()
-    first = integer_linear(x, weight, 0.01)
+    first = linear(x, weight, max_error=0.01)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        recorded = integer_linear(x, weight, 0.01)
+        recorded = linear(x, weight, max_error=0.01)
     for _ in range(3):
         graph.replay()
         assert torch.equal(recorded, first)
-    assert torch.equal(integer_linear(x[300:], weight, 0.01), first[300:])
+    assert torch.equal(linear(x[300:], weight, max_error=0.01), first[300:])
