@@ -111,7 +111,8 @@ def expected_token_bytes(
 
 
 def _heads(layer: LayerConfig) -> str:
-    return f"{layer.kv_heads} key heads of {layer.head_dim} numbers"
+    pairs = layer.rope.pairs
+    return f"{layer.kv_heads} key heads of {layer.head_dim} numbers, {pairs} pairs of them turned"
 
 
 def _format(

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from benchmarks.random_model import RandomModel
 from conclave.kernels.formats import Format
-from conclave.kernels.integer.digits import fits
+from conclave.kernels.integer.digits import LEAST_ERROR, fits
 from conclave.kernels.linear import gated_linear, linear
 from conclave.worker import Engine, EngineConfig
+from conclave.worker.config import LEAST_PROMPT_ERROR, LEAST_PROMPT_STEP
 from conclave.worker.memory.shapes import shape_settings
 from conclave.worker.model import integers, packed
 from conclave.worker.model.config import ModelConfig
@@ -94,6 +95,11 @@ def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def test_errors_that_cannot_be_kept_are_refused(value: float, tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="prompt_error"):
         EngineConfig(model=tmp_path, prompt_error=value, max_step_tokens=1024)
+
+
+def test_settings_know_what_kernels_need() -> None:
+    """They are checked where there is no torch."""
+    assert (LEAST_PROMPT_STEP, LEAST_PROMPT_ERROR) == (packed.MANY, LEAST_ERROR)
 
 
 def test_steps_must_be_long_enough(tmp_path: Path) -> None:
