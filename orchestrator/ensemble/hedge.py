@@ -46,8 +46,7 @@ def hedge(view: View, after: float | None) -> Strategy:
     running = {0}
     commands: list[Command] = [Ask(0, 0, "answer", live=True)]
     asked, speaker = 1, None
-    if after is not None and view.width > 1:
-        commands.append(Alarm(after, keep=FOR_THE_LATEST))
+    commands += _wait(after, asked, view.width)
     while True:
         reply = yield commands
         commands = []
@@ -68,6 +67,7 @@ def hedge(view: View, after: float | None) -> Strategy:
                 if not running:
                     commands.append(_next(running, asked))
                     asked += 1
+                    commands += _wait(after, asked, view.width)
             case Rang(granted=granted) if speaker is None and asked < view.width:
                 if granted:
                     commands.append(_next(running, asked))
@@ -80,3 +80,10 @@ def hedge(view: View, after: float | None) -> Strategy:
 def _next(running: set[int], asked: int) -> Ask:
     running.add(asked)
     return Ask(asked, asked, "hedge", live=True)
+
+
+def _wait(after: float | None, asked: int, width: int) -> list[Command]:
+    """For the one that was asked last, as long as there is another one to ask."""
+    if after is None:
+        return []
+    return [Alarm(after, keep=FOR_THE_LATEST)] if asked < width else [Disarm()]

@@ -47,6 +47,7 @@ from ..routing.budget import Budget
 from ..routing.registry import Worker
 from ..status import Failure
 from .admission import Ask as Admitted
+from .alarms import Alarms, Ring
 from .allowance import Allowance
 from .dispatch import Dispatcher
 from .member_call import MemberCall
@@ -88,7 +89,7 @@ class EnsembleRun:
         self.seats = seats
         self.request = request
         self.ask = ask
-        self._replies: asyncio.Queue[Reply] = asyncio.Queue()
+        self._replies: asyncio.Queue[Reply | Ring] = asyncio.Queue()
         self.calls: dict[int, MemberCall] = {}
         self.allowance = _allowance(spec)
         self.begun = False
@@ -97,7 +98,7 @@ class EnsembleRun:
         self._hedges = hedges
         self._unary = unary
         self._tasks: dict[int, asyncio.Task[None]] = {}
-        self._alarms: dict[str, asyncio.TimerHandle] = {}
+        self.alarms = Alarms(self.ring)
         self._reports: list[MemberCall] = []
         self._started = time.monotonic()
         self._first_token: float | None = None
@@ -140,6 +141,10 @@ class EnsembleRun:
         """Something has come of a command; the strategy hears of it in its turn."""
         self._replies.put_nowait(reply)
 
+    def ring(self, ring: Ring) -> None:
+        """An alarm rings; the strategy hears of it in its turn, if it still counts by then."""
+        self._replies.put_nowait(ring)
+
     async def do(self, command: Command) -> None:
         """Carry a command out."""
         match command:
@@ -151,11 +156,9 @@ class EnsembleRun:
             case Drop():
                 self._drop(command.call, "another one was chosen")
             case Alarm():
-                self.arm(command)
+                self.alarms.arm(command)
             case Disarm():
-                alarm = self._alarms.pop(command.name, None)
-                if alarm is not None:
-                    alarm.cancel()
+                self.alarms.disarm(command.name)
             case Say():
                 await self.say(command.event)
             case _:
@@ -179,7 +182,10 @@ class EnsembleRun:
 
     async def _next_reply(self) -> Reply:
         """The next reply; what has ended meanwhile is reported to the caller first."""
-        reply = await self._replies.get()
+        while isinstance(reply := await self._replies.get(), Ring):
+            if self.alarms.take(reply):
+                reply = self._rang(reply.alarm)
+                break
         if self._whole is None:
             while self._reports:
                 call = self._reports.pop(0)
@@ -310,18 +316,9 @@ class EnsembleRun:
             raise Unavailable(NO_ROOM)
         call.reserved = needed + 1
 
-    def arm(self, alarm: Alarm) -> None:
-        """Set an alarm, in place of the one of the same name."""
-        old = self._alarms.pop(alarm.name, None)
-        if old is not None:
-            old.cancel()
-
-        def ring() -> None:
-            hedging = self.spec.strategy == "hedge"
-            self.reply(Rang(alarm.name, not hedging or self._hedges.spend(alarm.keep)))
-
-        loop = asyncio.get_running_loop()
-        self._alarms[alarm.name] = loop.call_later(alarm.seconds, ring)
+    def _rang(self, alarm: Alarm) -> Rang:
+        hedging = self.spec.strategy == "hedge"
+        return Rang(alarm.name, not hedging or self._hedges.spend(alarm.keep))
 
     async def _finish(self, verdict: Verdict) -> None:
         for number in tuple(self._tasks):
@@ -379,8 +376,7 @@ class EnsembleRun:
 
     def _stop(self) -> None:
         """Leave nothing open."""
-        for alarm in self._alarms.values():
-            alarm.cancel()
+        self.alarms.stop()
         for task in self._tasks.values():
             task.cancel()
 

@@ -17,6 +17,7 @@ from ..ensemble.calls import (
     Command,
     Lost,
     Open,
+    Rang,
     Reply,
     Shut,
     Stepped,
@@ -29,6 +30,7 @@ from ..lines.step_line import StepLine
 from ..routing.registry import Worker
 from ..status import Failure
 from .admission import Ask as Admitted
+from .alarms import Ring
 from .ensembles import NO_ROOM, EnsembleRun
 from .member_call import MemberCall
 from .opening import most_prompt_tokens, size
@@ -75,6 +77,11 @@ class SteppedRun(EnsembleRun):
         if not self._advancing and not self._verdict.done():
             self._advance(self._arrived.popleft())
 
+    def ring(self, ring: Ring) -> None:
+        """An alarm rings; as of `reply`, at once."""
+        if self.alarms.take(ring):
+            self.reply(Rang(ring.alarm.name))
+
     def _advance(self, reply: Reply | None) -> None:
         """Carry out what follows from a reply, None at the start, and from those it brings."""
         self._advancing = True
@@ -100,7 +107,7 @@ class SteppedRun(EnsembleRun):
             case Open():
                 self._begin(command)
             case Alarm():
-                self.arm(command)
+                self.alarms.arm(command)
             case Take():
                 lease = self._leases.get(command.member)
                 if lease is not None:

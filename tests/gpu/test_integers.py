@@ -30,7 +30,7 @@ def test_hidden_states_are_near_those_of_exact_products() -> None:
     decoder, device = loaded.runner.decoder, loaded.device
     linears = [own for own in decoder.modules() if isinstance(own, PackedLinear | PackedGate)]
     willing = [own for own in linears if own.error is not None]
-    assert willing and all(own.weight.columns == 256 for own in willing), "960 is no multiple"
+    assert {own.weight.columns for own in willing} == {256, 512}  # 960 is no multiple of 128
     tokens = torch.arange(MANY, device=device) % 4000 + 10
     before = products()
 

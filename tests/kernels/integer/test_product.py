@@ -171,7 +171,7 @@ def test_awkward_shapes(tokens: int, rows: int, columns: int, outliers: int, for
         (linear(x, weight, residual, 0.5, 0.01), exact.linear(seen, weight, residual, 0.5)),
         (gated_linear(x, weight, 0.01), exact.gated_linear(seen, weight)),
     ):
-        assert relative(found, wanted.double()) <= 3e-3
+        assert relative(found, wanted.double()) <= 2**-8  # a row's eight results, rounded once
     after = launches()["integer_product", "bundle"] + launches()["integer_product", "jit"]
     assert after == before + 3
 

@@ -268,6 +268,18 @@ class TestHedge:
         _, verdict = play(hedge(self.VIEW, 0.1), replies)
         assert verdict.winner == 1
 
+    def test_who_replaces_a_failure_has_as_much_time(self) -> None:
+        view = View((1.0, 1.0, 1.0), quorum=1)
+        replies: list[Reply] = [Broke(0, ValueError()), Heard(1, EVENT), Ended(1, said("b"))]
+        commands, _ = play(hedge(view, 0.1), replies)
+        alarms = [c for c in commands if isinstance(c, Alarm | Ask)]
+        assert [type(c) for c in alarms] == [Ask, Alarm, Ask, Alarm]
+
+    def test_the_last_one_needs_no_alarm(self) -> None:
+        replies: list[Reply] = [Broke(0, ValueError()), Heard(1, EVENT), Ended(1, said("b"))]
+        commands, _ = play(hedge(self.VIEW, 0.1), replies)
+        assert [type(c) for c in commands[:4]] == [Ask, Alarm, Ask, Disarm]
+
     def test_nobody_is_left(self) -> None:
         with pytest.raises(ValueError, match="second"):
             play(
