@@ -75,6 +75,9 @@ class EngineConfig(BaseModel):
     stream_coded: bool = True
     """Where layers do not fit `knobs.memory_budget`: keep them in a shorter code without loss, on
     the device too, and decode each before it runs, if that makes steps faster."""
+    cuda_graphs: bool = True
+    """Record decode steps as CUDA graphs, one for each size, and replay them: a GPU then does not
+    wait for the host between kernels. Steps of plain experts and of float32 are not recorded."""
     prefix_cache: bool = True
     """Reuse the KV blocks of a prompt's beginning that an earlier request has computed."""
     max_logprobs: int = Field(default=64, ge=0)

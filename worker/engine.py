@@ -209,14 +209,23 @@ class Engine:
         try:
             runner = self.model.runner
             recorder = StepRecorder(runner.decoder, runner.stream, runner.device)
-            self._between_steps(recorder.begin)
+
+            def begin() -> None:
+                runner.watched = True
+                recorder.begin()
+
+            def end() -> None:
+                recorder.end()
+                runner.watched = False
+
+            self._between_steps(begin)
             try:
                 yield recorder
             finally:
                 try:
-                    self._between_steps(recorder.end)
+                    self._between_steps(end)
                 except Unavailable:  # closed meanwhile, so there are no more steps
-                    recorder.end()
+                    end()
         finally:
             self._recording.release()
 

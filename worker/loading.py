@@ -35,9 +35,12 @@ from .narrow import (
 )
 from .precision import Precision
 from .running.caches import NarrowCaches, PlainCaches
+from .running.graphs import GraphRecorder
 from .running.host_blocks import HostBlocks
+from .running.replayed import Replaying, can_replay
 from .running.runner import ModelRunner
 from .scheduling.sizing import CachePlan, plan_cache
+from .scheduling.workspace import rows_of
 from .text.tokenizer import Tokenizer
 from .weights import blank_decoder, load_decoder
 
@@ -147,7 +150,10 @@ def _load(config: EngineConfig, progress: Progress | None) -> LoadedModel:
         size = config.block_size
         loaded = LoadedModel(
             config=model,
-            runner=ModelRunner(decoder, model, caches, size, device, dtype, stream, host),
+            runner=ModelRunner(
+                *(decoder, model, caches, size, device, dtype, stream, host),
+                _replaying(config, decoder, plan, device, dtype),
+            ),
             tokenizer=tokenizer,
             cache=plan,
             storage=storage,
@@ -243,6 +249,19 @@ def _host_blocks(
         return None
     assert isinstance(caches, PlainCaches), "the settings exclude narrow numbers"
     return HostBlocks(caches.tensors, cache_groups(model), plan.host, device)
+
+
+def _replaying(
+    config: EngineConfig,
+    decoder: Decoder,
+    plan: CachePlan,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Replaying | None:
+    """How decode steps are recorded, if they can be."""
+    if not (config.cuda_graphs and can_replay(decoder, device, dtype)):
+        return None
+    return Replaying(GraphRecorder(device), rows_of(config), plan.max_context)
 
 
 def _packed_as(format: Format | None, config: EngineConfig) -> str:
@@ -344,7 +363,9 @@ def _plan(
         )
     bytes_each = expected_token_bytes(model, config.knobs.max_error, dtype.itemsize)
     library = library_memory(device)
-    return plan_memory(config, model, storage, budget, dtype.itemsize, bytes_each, library)
+    graphs = config.cuda_graphs and device.type == "cuda"
+    sizes = budget, dtype.itemsize, bytes_each, library
+    return plan_memory(config, model, storage, *sizes, graphs=graphs)
 
 
 def _check_cache(

@@ -133,9 +133,8 @@ def _outlook(
 ) -> Outlook:
     model, storage = _sizes(config, shape)
     bytes_each = expected_token_bytes(model, config.knobs.max_error, _DTYPE.itemsize)
-    found = plan_memory(
-        config, model, storage, _budget(config), _DTYPE.itemsize, bytes_each, LIBRARY
-    )
+    sizes = _budget(config), _DTYPE.itemsize, bytes_each, LIBRARY
+    found = plan_memory(config, model, storage, *sizes, graphs=config.cuda_graphs)
     rates, measured = _rates(given)
     times = tuple(
         forecast(model, storage, found.residency, found.ahead, each, rates, found.experts)

@@ -16,7 +16,7 @@ from ..errors import ConfigError
 from ..model.config import ModelConfig, cache_groups
 from ..model.storage import Storage
 from ..scheduling.sizing import HOST_BUFFER, LANES, cache_bytes, context_of, enough_gib
-from ..scheduling.workspace import workspace
+from ..scheduling.workspace import recordings, workspace
 from .experts.slots import ExpertSlots, choose_slots, fewest_slots
 from .residency import Residency, choose, choose_cheaper, least, least_of_either
 
@@ -56,6 +56,7 @@ def plan_memory(
     dtype_size: int,
     token_bytes: Sequence[int],
     library: int = 0,
+    graphs: bool = False,
 ) -> Plan:
     """Divide `budget` bytes up.
 
@@ -67,6 +68,7 @@ def plan_memory(
         dtype_size: bytes of one number of the model's dtype.
         token_bytes: what one token takes in each cache group.
         library: bytes that a library of products takes for each stream that multiplies.
+        graphs: whether decode steps are recorded, on a stream of their own.
 
     Raises:
         ConfigError: no residency fits; says what the least budget is.
@@ -74,6 +76,8 @@ def plan_memory(
     context = context_of(config, model.max_position_embeddings)
     step = workspace(config, model, context, dtype_size, storage.expanded)
     step += library * _multiplying(config, storage)
+    if graphs:
+        step += library + recordings(config, model, context, dtype_size)
     if config.kv_host_gib is not None:
         step += max(HOST_BUFFER, *(LANES * each * config.block_size for each in token_bytes))
     groups, limit = cache_groups(model), model.max_position_embeddings

@@ -1,9 +1,9 @@
 """What a decoder computes, copies and waits for, as it happens: the measured `Timeline`.
 
 Host time on a CPU; pairs of events on a GPU, which is waited for at the end alone. A layer that is
-kept coded is decoded while it runs, module by module: its computing holds its decoding. What it
-gave up: the head, and steps that are replayed (of models that are not streamed), which run no layer
-by itself. Spans are kept until the end, some hundred bytes each.
+kept coded is decoded while it runs, module by module: its computing holds its decoding. Meanwhile
+steps must run, not be replayed (`ModelRunner.watched`). What it gave up: the head. Spans are kept
+until the end, some hundred bytes each.
 """
 
 import time

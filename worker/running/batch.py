@@ -150,10 +150,7 @@ def _reach(
     """Tables and offsets of chunks of equal length: only the blocks that their windows reach."""
     offsets, used = [], []
     for chunk in chunks:
-        seen_from = 0 if window is None else max(0, chunk.start - window + 1)
-        first = seen_from // block_size
-        blocks = chunk.tables[group][first : (chunk.end - 1) // block_size + 1]
-        assert blocks[0] >= 0, "a block inside the window is missing"
+        first, blocks = reached(chunk, group, window, block_size)
         offsets.append(chunk.start - first * block_size)
         used.append(blocks)
     tables = np.empty((len(chunks), max(map(len, used))), np.int64)
@@ -161,6 +158,17 @@ def _reach(
         row[: len(blocks)] = blocks
         row[len(blocks) :] = blocks[0]  # masked, but read: must be a block of finite numbers
     return tables, np.array(offsets, np.int64)
+
+
+def reached(
+    chunk: Chunk, group: int, window: int | None, block_size: int
+) -> tuple[int, Sequence[int]]:
+    """The blocks of a group that a chunk's windows reach, and which of its table is the first."""
+    seen_from = 0 if window is None else max(0, chunk.start - window + 1)
+    first = seen_from // block_size
+    blocks = chunk.tables[group][first : (chunk.end - 1) // block_size + 1]
+    assert blocks[0] >= 0, "a block inside the window is missing"
+    return first, blocks
 
 
 def _slots(chunks: Sequence[Chunk], group: int, block_size: int) -> Integers:

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +17,6 @@ from ...kernels.attention.cache import KeyRule, KVFormat, NarrowCache, Overflow
 from ...kernels.reference import Pages, write_kv
 from ..model.config import CacheGroup, ModelConfig, cache_groups
 from ..narrow import key_rule
-from .batch import Chunk, Step
 
 Tensors = dict[int, tuple[Tensor, Tensor]]
 """Keys and values of each layer that owns some, [blocks, block_size, kv_heads, head_dim]."""
@@ -152,7 +150,9 @@ class NarrowCaches:
         self._of_groups = [group.layers for group in groups]
         self._groups: list[_Group] = []
         self._rules: dict[int, KeyRule | None] = {}
-        self._limits = self._failed = torch.empty(0, device=device)
+        self._limits = torch.empty(0, device=device)
+        self.failed = torch.empty(0, dtype=torch.bool, device=device)
+        """bool [T]: tokens of the step that found no room for what they needed."""
         room = -(-positions // block_size) * block_size
         for group, format, share, count in zip(groups, formats, shares, blocks, strict=True):
             heads = len(group.layers) * count * block_size * format.kv_heads
@@ -170,28 +170,20 @@ class NarrowCaches:
                     rule = replace(rule, weight=weights[index].to(device))
                 self._rules[index] = rule
 
-    def begin(self, step: Step, chunks: Sequence[Chunk]) -> None:
-        """Told before a step's writes: how far off each of its tokens may be."""
-        assert step.owners is not None
-        errors = [self.max_error if c.max_error is None else c.max_error for c in chunks]
-        limits = np.asarray(errors, np.float32)[step.owners]
-        self._limits = torch.from_numpy(limits).to(self.device)
-        self._failed = torch.zeros(len(limits), dtype=torch.bool, device=self.device)
+    def begin(self, limits: Tensor) -> None:
+        """Told before a step's writes: how far off each of its tokens may be, float32 [T]."""
+        self._limits = limits
+        self.failed = torch.zeros(len(limits), dtype=torch.bool, device=self.device)
 
     def write(self, layer: int, key: Tensor, value: Tensor, slots: Tensor) -> None:
         """See `Caches`."""
         rule = self._rules[layer]
         own = key if rule is None else None
-        ops.store(own, value, self.layers[layer], slots, self._limits, self._failed, rule)
+        ops.store(own, value, self.layers[layer], slots, self._limits, self.failed, rule)
 
     def attend(self, layer: int, query: Tensor, pages: Pages) -> Tensor:
         """See `Caches`."""
         return ops.attention(query, self.layers[layer], pages, self._rules[layer])
-
-    def failed(self) -> list[int]:
-        """Rows of the step that found no room for what they needed; waits for the device."""
-        found: list[int] = self._failed.nonzero().flatten().tolist()
-        return found
 
     def release(self, group: int, blocks: Tensor) -> None:
         """Give back the second digits in blocks, int64 [n], that are about to be written anew."""

@@ -1,11 +1,14 @@
 """Runs a decoder over a paged cache of keys and values.
 
 Owns the cache's tensors and nothing else: which block belongs to whom is the scheduler's business.
-What it gave up: a CUDA graph, and keys and values in one tensor, which one gather could read.
+Decode steps are replayed, by a CPU from one recording (`recording`), by a GPU from one for each
+size (`replayed`). What it gave up: keys and values in one tensor, which one gather could read.
 """
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -14,10 +17,11 @@ from ..memory.experts.cache import ExpertCache
 from ..memory.streaming.layers import LayerStream
 from ..model.config import ModelConfig, cache_groups
 from ..model.decoder import Decoder
-from .batch import Chunk, Step, build_step
+from .batch import Chunk, Integers, Step, build_step
 from .caches import Caches, NarrowCaches, PlainCaches
 from .host_blocks import HostBlocks
 from .recording import RecordedDecode, can_record
+from .replayed import Outcome, ReplayedDecode, Replaying
 
 
 class ModelRunner:
@@ -32,6 +36,7 @@ class ModelRunner:
         dtype: of the queries.
         stream: of the layers, or experts, that do not stay on the device, if there are any.
         host: room on the host for blocks that fall out of the caches, if there is some.
+        replaying: how a GPU's decode steps are recorded, if they are.
     """
 
     def __init__(
@@ -44,6 +49,7 @@ class ModelRunner:
         dtype: torch.dtype,
         stream: LayerStream | ExpertCache | None = None,
         host: HostBlocks | None = None,
+        replaying: Replaying | None = None,
     ) -> None:
         self.decoder = decoder.requires_grad_(False)
         self.config = config
@@ -58,6 +64,8 @@ class ModelRunner:
         # Kernels mask as they go.
         by_kernels = device.type == "cuda" and dtype != torch.float32
         self._mask_dtype = None if by_kernels else dtype
+        self.watched = False
+        """Whether each layer must run by itself, as a recording's layers do not."""
         self.broken: list[int] = []
         """Chunks of the last step in which a token came out as NaN, so that keys and values of
         theirs may hold NaN. Decoding steps are not looked at: there the logits show it."""
@@ -67,7 +75,12 @@ class ModelRunner:
         self._recorded: RecordedDecode | None = None
         if stream is None and isinstance(caches, PlainCaches) and can_record(config, device):
             tensors = caches.tensors
-            self._recorded = RecordedDecode(self._run, tensors, self.windows, block_size)
+            self._recorded = RecordedDecode(self._plain_logits, tensors, self.windows, block_size)
+        self._replayed: ReplayedDecode | None = None
+        if replaying is not None:
+            self._replayed = ReplayedDecode(
+                self._run, replaying, self.windows, block_size, device, stream
+            )
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
@@ -75,21 +88,21 @@ class ModelRunner:
 
         Returns float32 logits [sum of chunk.logits, vocab], in the order of the chunks.
         """
-        step = build_step(chunks, self.windows, self.block_size, self.device)
         self.broken, self.overfull = [], []
-        if self._recorded and step.decodes and step.logit_rows is None:
+        one_each = all(len(chunk.tokens) == chunk.logits == 1 for chunk in chunks)
+        limits = self._limits(chunks)
+        if self._replayed and one_each and not self.watched:
+            outcome = self._replayed(chunks, limits.tolist())
+            self._look(outcome, np.arange(len(chunks)))
+            return outcome.logits
+        step = build_step(chunks, self.windows, self.block_size, self.device)
+        if self._recorded and one_each and not self.watched:
             return self._recorded(step)
-        if isinstance(self.caches, NarrowCaches):
-            self.caches.begin(step, chunks)
-        hidden = self._hidden(step, self.caches)
-        narrow = isinstance(self.caches, NarrowCaches)
-        if narrow or not (step.decodes and step.logit_rows is None):
-            # Keys or values that are not finite make NaN of their own token's attention.
-            self.broken = _owners(step, hidden.isnan().any(dim=-1).nonzero().flatten().tolist())
-        if isinstance(self.caches, NarrowCaches):
-            failed = _owners(step, self.caches.failed())
-            self.overfull = [number for number in failed if number not in self.broken]
-        return self._logits(step, hidden)
+        assert step.owners is not None
+        each = torch.from_numpy(limits[step.owners]).to(self.device)
+        outcome = self._run(step, each)
+        self._look(outcome, step.owners)
+        return outcome.logits
 
     def close(self) -> None:
         """Release what lies on the host; nothing may run any more."""
@@ -113,8 +126,36 @@ class ModelRunner:
             if numbers:
                 self.caches.wipe(group, torch.tensor(numbers, device=self.device))
 
-    def _run(self, step: Step, caches: Caches) -> Tensor:
+    def _limits(self, chunks: Sequence[Chunk]) -> npt.NDArray[np.float32]:
+        """How far off keys and values of each chunk may be; of no use to plain caches."""
+        own = self.caches.max_error if isinstance(self.caches, NarrowCaches) else 0.0
+        errors = [own if chunk.max_error is None else chunk.max_error for chunk in chunks]
+        return np.asarray(errors, np.float32)
+
+    def _run(self, step: Step, limits: Tensor) -> Outcome:
+        if isinstance(self.caches, NarrowCaches):
+            self.caches.begin(limits)
+        hidden = self._hidden(step, self.caches)
+        marks = None
+        if isinstance(self.caches, NarrowCaches):
+            # Keys or values that are not finite make NaN of their own token's attention.
+            marks = torch.stack((hidden.isnan().any(dim=-1), self.caches.failed))
+        elif not (step.decodes and step.logit_rows is None):
+            broken = hidden.isnan().any(dim=-1)
+            marks = torch.stack((broken, torch.zeros_like(broken)))
+        return Outcome(self._logits(step, hidden), marks)
+
+    def _plain_logits(self, step: Step, caches: Caches) -> Tensor:
         return self._logits(step, self._hidden(step, caches))
+
+    def _look(self, outcome: Outcome, owners: Integers) -> None:
+        """Find out which chunks are broken or overfull; `owners` are those of rows."""
+        if outcome.marks is None:
+            return
+        found: list[set[int]] = [set(), set()]
+        for kind, row in outcome.marks.nonzero().tolist():
+            found[kind].add(int(owners[row]))
+        self.broken, self.overfull = sorted(found[0]), sorted(found[1] - found[0])
 
     def _hidden(self, step: Step, caches: Caches) -> Tensor:
         attention = PagedAttention(self.config, step, caches, self._pages(step))
@@ -145,12 +186,6 @@ class ModelRunner:
         if step.logit_rows is not None:
             hidden = hidden.index_select(0, step.logit_rows)
         return self.decoder.logits(hidden)
-
-
-def _owners(step: Step, rows: Sequence[int]) -> list[int]:
-    """The chunks of some rows, each once."""
-    assert step.owners is not None
-    return sorted({int(step.owners[row]) for row in rows})
 
 
 class PagedAttention:

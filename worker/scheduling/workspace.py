@@ -11,6 +11,8 @@ from ..model.config import LayerConfig, ModelConfig
 _LOGIT_BYTES = 20
 """Of a scored token for each word: logits, log-probabilities, and their comparison with the
 token's own (17 measured)."""
+_RECORDED_BYTES = 14
+"""Of a recorded step's row for each word: the head's result, and three float32 of its cap."""
 _DRAW_BYTES = 64
 """The same of a drawn token: logits, sorted values and ids, probabilities, sums (50 measured)."""
 
@@ -27,7 +29,7 @@ def workspace(
         dtype_size: bytes of one number of the model's dtype.
         expanded: bytes of scratch memory for a weight written out dense.
     """
-    tokens, rows = config.max_step_tokens, min(config.max_sequences, config.max_step_tokens)
+    tokens, rows = config.max_step_tokens, rows_of(config)
     through = tokens * max(_layer(model, layer, dtype_size) for layer in model.layers)
     attention = max(_attention(layer, tokens, rows, context, dtype_size) for layer in model.layers)
     masks = 3 * dtype_size * max(tokens, rows) * context
@@ -35,6 +37,24 @@ def workspace(
     additions = 4 * tokens * len(model.layers) * model.per_layer_input_size * dtype_size
     # Layers, then the head: what one has taken is free for the other.
     return expanded + additions + masks + max(through + attention, words)
+
+
+def rows_of(config: EngineConfig) -> int:
+    """Sequences in one step, at most."""
+    return min(config.max_sequences, config.max_step_tokens)
+
+
+def recordings(config: EngineConfig, model: ModelConfig, context: int, dtype_size: int) -> int:
+    """Bytes of decode steps as CUDA graphs: the pool that they work in, their inputs and logits.
+
+    What the driver keeps of each graph is not in it.
+    """
+    rows = rows_of(config)
+    through = rows * max(_layer(model, layer, dtype_size) for layer in model.layers)
+    words = rows * model.vocab_size
+    tables = 2 * rows * -(-context // config.block_size)
+    kept = 4 * words + 8 * (8 * rows + tables)
+    return kept + max(through, _RECORDED_BYTES * words)
 
 
 def _layer(model: ModelConfig, layer: LayerConfig, dtype_size: int) -> int:

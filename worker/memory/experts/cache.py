@@ -176,10 +176,18 @@ class ExpertCache:
         first = place * self.slots.experts
         return self.table.slot_of[first : first + self.slots.experts]
 
+    def before_recording(self) -> None:
+        """Nothing of a step that was recorded depends on the one before it."""
+
     def before_replay(self) -> None:
         """Let the current stream wait for what a step that failed may have left under way."""
         if self._side is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._side)
+
+    def recording_failed(self) -> None:
+        """Forget what a recording that was not finished has begun: nothing of it will run."""
+        self._ready = None
+        self._held.clear()
 
     def use(self) -> ExpertUse:
         """What has been done so far; waits for the device."""

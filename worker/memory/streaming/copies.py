@@ -131,7 +131,7 @@ class Copies:
             # Of what was in this memory before, something may still run.
             self._stream.wait_stream(self._computing)
         if self._prefetch:
-            for position, part in product(range(self.residency.slots), range(len(sizes))):
+            for position, part in self._first():
                 self._fill(position, part)
 
     def memory(self, position: int, part: int) -> Tensor:
@@ -182,11 +182,28 @@ class Copies:
             for place in self._places():
                 place.renew()
 
+    def before_recording(self) -> None:
+        """Let the first blocks be there, as a step that is recorded begins with them.
+
+        A step that failed has left other ones.
+        """
+        self._find_stream()
+        if self._prefetch:
+            for number, part in self._first():
+                if self._slots[number][part].position != number:
+                    self._fill(number, part)
+        self._join()
+
     def before_replay(self) -> None:
         """Let the current stream wait for all copies, as a recorded step begins without them."""
-        self._find_stream()
-        self._join()
+        self.before_recording()
         self._copied += self._host_bytes
+
+    def recording_failed(self) -> None:
+        """Forget what a recording that was not finished has begun: nothing of it will run."""
+        for place in self._places():
+            place.renew()
+            place.position, place.arriving = None, False
 
     def watched(self, lane: Lane, layer: int) -> AbstractContextManager[None]:
         """Put around what a lane does for a layer, so that it is recorded if that is asked for."""
@@ -247,6 +264,10 @@ class Copies:
 
     def _place(self, position: int, part: int) -> _Place:
         return self._slots[position % len(self._slots)][part]
+
+    def _first(self) -> Iterator[tuple[int, int]]:
+        """The parts of the blocks that a step finds in the slots, by position and part."""
+        return product(range(len(self._slots)), range(len(self.residency.slot_parts)))
 
     def _places(self) -> Iterator[_Place]:
         return chain.from_iterable(self._slots)

@@ -61,9 +61,17 @@ class LayerStream:
             self._hook(decoder.layers[layer], position)
         self._hook_steps(decoder)
 
+    def before_recording(self) -> None:
+        """Called before a step is recorded."""
+        self.copies.before_recording()
+
     def before_replay(self) -> None:
         """Called before a step that was recorded is replayed."""
         self.copies.before_replay()
+
+    def recording_failed(self) -> None:
+        """Called where a step could not be recorded to its end."""
+        self.copies.recording_failed()
 
     def use(self) -> StreamUse:
         """What has been done so far."""
