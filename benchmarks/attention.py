@@ -4,8 +4,9 @@ Decoding: one query a sequence, layers of the 31B and the 26B model, up to 128k 
 over bfloat16 pages and pages in 8 bits, beside the fastest of torch's attention in bfloat16. A
 sliding layer reads its window whatever the context. `of_copy` is own bytes a second (codes, scales
 and indices) over what a copy of the device moves, `vs_torch` how many times as fast as the best of
-torch. Prompts: products of a chunk alone over the rate of a matmul. Times are medians over replays
-of a CUDA graph, each launch with other keys and values, so that none come from the L2 cache. Who
+torch. Prompts: products of a chunk alone over the rate of a matmul. Writing: new keys and values of
+a decoding step into bfloat16 pages. Times are medians over replays of a CUDA graph, each launch
+with other keys and values, or other places for them, so that none come from the L2 cache. Who
 answers wrong gets no time but the error. FlexAttention is compiled for every shape, for seconds, so
 it takes part at one of them.
 """
@@ -19,8 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from conclave.kernels.attention.ops import write
 
 from .attenders import (
+    PAGE,
     Layer,
     Way,
     flex_decode,
@@ -31,7 +36,8 @@ from .attenders import (
     torch_decode,
     torch_prefill,
 )
-from .clock import copy_rate, launches_over, matmul_rate, replayed
+from .clock import Time, copies_past_cache, copy_rate, launches_over, matmul_rate, replayed
+from .contestants import relative_error
 from .measurements import Timer, release, told
 from .records import HEADLINE as HEADLINE_FILE
 from .records import machine, write_headline, write_result
@@ -47,11 +53,15 @@ PROMPTS = (FULL, Layer("256 wide, no window", 32, 16, 256), SLIDING)
 CONTEXTS = (8192, 32768, 131072)
 OWN, PLAIN, INT8 = "prefill", "bfloat16 pages", "int8 pages"
 SDPA, FLEX = "SDPA bfloat16", "FlexAttention bfloat16"
+WRITE, INDEX_COPY = "write", "index_copy_ twice"
 BATCHES = (1, 8, 32)
 TOKENS = (2048, 8192)
+WRITING = [(layer, tokens) for layer in (SLIDING, FULL) for tokens in BATCHES]
+"""Layers and new tokens."""
 HEADLINE = (FULL, 32768, 8)
 """Layer, context and batch of the headline figures."""
 Builder = Callable[[], Iterator[Way]]
+Writer = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
 
 def main() -> None:
@@ -82,6 +92,7 @@ def measure(quick: bool) -> dict[str, Any]:
         "matmul_tflops": matmul._asdict(),
         "decode": decode,
         "prefill": [row for prompt in prompts for row in prefill_rows(*prompt, matmul.median)],
+        "write": [row for shape in WRITING for row in write_rows(*shape)],
     }
 
 
@@ -132,6 +143,45 @@ def prefill_rows(
     return printed(found)
 
 
+def write_rows(
+    layer: Layer, tokens: int, timer: Timer = replayed, device: str = "cuda"
+) -> list[Row]:
+    """New keys and values of so many sequences, by our kernel and by torch."""
+    found: list[Row] = []
+    for kind, put in {WRITE: write, INDEX_COPY: _index_copy}.items():
+        row: Row = {"layer": layer.name, "tokens": tokens, "kind": kind, "note": ""}
+        row |= dict.fromkeys(("us", "low", "high"))
+        try:
+            row |= _time_to_write(put, layer, tokens, timer, device)._asdict()
+            row["us"] = row.pop("median")
+        except Exception as fault:
+            row["note"] = told(fault)
+        release()
+        found.append(row)
+    return printed(found)
+
+
+def _time_to_write(put: Writer, layer: Layer, tokens: int, timer: Timer, device: str) -> Time:
+    """Keys and values are in the L2 cache, as a layer leaves them; their places are not."""
+    shape = (tokens, layer.kv_heads, layer.head_dim)
+    key, value = torch.randn(2, *shape, device=device).bfloat16()
+    copies = copies_past_cache(2 * key.nbytes)
+    pages = -(-copies * tokens // PAGE)
+    keys, values = torch.zeros(2, pages, PAGE, *shape[1:], device=device, dtype=key.dtype)
+    places = torch.randperm(pages * PAGE, device=device)[: copies * tokens]
+    # Each in memory of its own, and so aligned as kernels take it.
+    slots = [own.clone() for own in places.view(copies, tokens)]
+    put(key, value, keys, values, slots[0])
+    for own, cache in ((key, keys), (value, values)):
+        relative_error(cache.flatten(0, 1)[slots[0]], own.double(), 0.0)
+    return timer(lambda index: put(key, value, keys, values, slots[index % copies]), copies)
+
+
+def _index_copy(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+    keys.flatten(0, 1).index_copy_(0, slots, key)
+    values.flatten(0, 1).index_copy_(0, slots, value)
+
+
 def best(kind: str, build: Builder, timer: Timer) -> Row:
     """The fastest of the ways of a kind, each checked before; a refusal if none is right."""
     rows = []
@@ -166,7 +216,8 @@ def refused(kind: str, why: str) -> Row:
 
 def printed(rows: list[Row]) -> list[Row]:
     """The rows with `vs_torch`: how many times as fast as the best of torch."""
-    times = [row["us"] for row in rows if row["kind"] in (SDPA, FLEX) and row["us"]]
+    torchs = (SDPA, FLEX, INDEX_COPY)
+    times = [row["us"] for row in rows if row["kind"] in torchs and row["us"]]
     for row in rows:
         row["vs_torch"] = min(times) / row["us"] if times and row["us"] else None
         print(" ".join(f"{key} {_number(value)}" for key, value in row.items()), flush=True)

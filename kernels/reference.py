@@ -66,8 +66,13 @@ def write_kv(
     """Stores `key` and `value` [T, kv_heads, head_dim] of T tokens in the paged caches, in place.
 
     Caches are [blocks, block_size, kv_heads, head_dim]; token t goes to position `slots[t]`
-    (int64 [T]), counted over all blocks. The slots must differ.
+    (int64 [T]), counted over all blocks, and those must differ. Nothing is stored of a token whose
+    slot is negative. A recording of torch's calls takes the slots to be as it was made with: made
+    with none that is negative, it refuses those that are.
     """
+    stored = slots >= 0
+    if not bool(stored.all()):
+        key, value, slots = key[stored], value[stored], slots[stored]
     key_cache.flatten(0, 1).index_copy_(0, slots, key)
     value_cache.flatten(0, 1).index_copy_(0, slots, value)
 

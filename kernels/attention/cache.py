@@ -23,6 +23,7 @@ time, and widths between one digit and two.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -31,6 +32,10 @@ from torch import Tensor
 
 from ..errors import LayoutError
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Of vectors that kernels store, and of plain caches."""
+MOST = 512
+"""Numbers of a head."""
 NONE = -1
 """In `second`: the first digit is all there is."""
 BITS = (8, 4)
@@ -229,3 +234,45 @@ def turned_back(vectors: Tensor, format: KVFormat) -> Tensor:
     back = torch.empty_like(parts)
     back[..., order.to(parts.device)] = parts
     return back
+
+
+def misfit(device: torch.device, *wanted: tuple[str, Tensor, torch.dtype, Sequence[int]]) -> str:
+    """What is wrong with the first tensor that is not contiguous, of this dtype and shape there."""
+    for name, own, dtype, shape in wanted:
+        if own.dtype != dtype or own.shape != shape:
+            return f"{name} is {own.dtype} {tuple(own.shape)}; it must be {dtype} {tuple(shape)}"
+        if own.device != device or not own.is_contiguous():
+            return f"{name} is not contiguous on {device}"
+    return ""
+
+
+def cache_fault(cache: NarrowCache, rule: KeyRule | None) -> str:
+    """What is wrong with the tensors of a cache, or with how its keys are made of values."""
+    format, pool, second = cache.format, cache.overflow, cache.second
+    if (rule is None) != (format.pairs is None):
+        return "keys need a rule where they are made of values, and only there"
+    if second.dim() != 3 or format.head_dim > MOST:
+        return f"second has {second.dim()} dimensions, not 3; or heads are longer than {MOST}"
+    pages, _, page_size = second.shape
+    rows, sides, heads = len(pool.free), format.sides, format.kv_heads
+    made: list[tuple[str, Tensor, torch.dtype, Sequence[int]]] = []
+    if rule is not None and format.pairs is not None:
+        table = (len(rule.cosines), format.pairs)
+        made = [
+            ("weight", rule.weight, torch.float32, (format.head_dim,)),
+            ("cosines", rule.cosines, torch.float32, table),
+            ("sines", rule.sines, torch.float32, table),
+        ]
+    return misfit(
+        cache.codes.device,
+        ("codes", cache.codes, torch.uint8, (pages, sides, heads, page_size, format.width)),
+        ("scales", cache.scales, torch.bfloat16, (pages, sides, heads, page_size)),
+        ("second", second, torch.int32, (pages, heads, page_size)),
+        ("tally", cache.tally, torch.int64, (2,)),
+        ("largest", cache.largest, torch.float32, (1,)),
+        ("the pool's codes", pool.codes, torch.uint8, (rows, sides, format.width)),
+        ("the pool's scales", pool.scales, torch.bfloat16, (rows, sides)),
+        ("the pool's free", pool.free, torch.int32, (rows,)),
+        ("the pool's count", pool.count, torch.int32, (1,)),
+        *made,
+    )

@@ -35,8 +35,7 @@ from ..workspace import PARTIALS, workspace
 from .cache import KeyRule, KVFormat, NarrowCache
 from .decode_mma import decode_mma
 from .decode_tiles import decode_narrow, decode_plain
-from .mma_layouts import HEADS, WARPS
-from .mma_rows import LISTED, together
+from .mma_rows import HEADS, LISTED, WARPS, together
 from .splits import join_splits, shape_of, splits_of, turn_query
 from .store import SHIPPED
 

@@ -20,23 +20,6 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from ..launching.launch import Kernel
 from ..workspace import barrier
 from .decode_tiles import LIFT, TINY, share_of
-from .mma_layouts import (
-    BYTES,
-    BYTES_ON_SIDE,
-    COLUMNS,
-    COPIED,
-    COPY,
-    COUPLES,
-    HEAD,
-    HEADS,
-    MMA,
-    ON_SIDE,
-    PART,
-    PLAIN,
-    PLAIN_ROWS,
-    ROW,
-    WARPS,
-)
 from .mma_products import (
     keys_apart,
     mixed,
@@ -45,7 +28,30 @@ from .mma_products import (
     signs_of_hadamard,
     two_digits,
 )
-from .mma_rows import LISTED, about_rows, copy_codes, index_of, key_of, list_wide, page_of
+from .mma_rows import (
+    BYTES,
+    BYTES_ON_SIDE,
+    COLUMNS,
+    COPIED,
+    COPY,
+    COUPLES,
+    HEAD,
+    HEADS,
+    LISTED,
+    MMA,
+    ON_SIDE,
+    PART,
+    PLAIN,
+    PLAIN_ROWS,
+    ROW,
+    WARPS,
+    about_rows,
+    copy_codes,
+    index_of,
+    key_of,
+    list_wide,
+    page_of,
+)
 from .splits import DIGIT
 
 

@@ -23,8 +23,8 @@ from torch import Tensor
 from ..errors import KernelInputError
 from ..launching.launch import Kernel, Variant
 from ..launching.variant import ALIGNMENT
-from .cache import NONE, KeyRule, NarrowCache
-from .store import DTYPES, MOST, SHIPPED, cache_fault, constants_of, misfit, own_column, turn
+from .cache import DTYPES, MOST, NONE, KeyRule, NarrowCache, cache_fault, misfit
+from .store import SHIPPED, constants_of, own_column, turn
 
 _NONE = tl.constexpr(NONE)
 _WARPS = 1

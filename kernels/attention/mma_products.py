@@ -14,7 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from .mma_layouts import (
+from .mma_rows import (
     BYTE_PAIRS,
     BYTES_LEFT,
     BYTES_RIGHT,

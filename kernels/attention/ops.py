@@ -4,8 +4,9 @@
 | --------------------- | --------------------------------- | ------------------------------- |
 | one                   | `decode`                          | `decode`                        |
 | more                  | `gather`, then `prefill`          | the same                        |
+| new keys and values   | `write`                           | `store`                         |
 
-On a CPU, and for float32 on a card, the reference runs.
+On a CPU the reference runs; for float32 on a card it attends.
 """
 
 import torch
@@ -20,6 +21,12 @@ from .gather import gather
 from .prefill import prefill
 from .store import release as release_on_card
 from .store import store as store_on_card
+from .write import write as write_on_card
+
+
+def write(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+    """See `write_kv` of the plain reference."""
+    (write_on_card if key.is_cuda else plain.write_kv)(key, value, keys, values, slots)
 
 
 def store(

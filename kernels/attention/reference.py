@@ -42,12 +42,15 @@ def store(
         key: [T, kv_heads, head_dim], or None where keys are made of values.
         value: [T, kv_heads, head_dim], any floating dtype.
         cache: the layer's; what its slots held before has been released.
-        slots: int64 [T]: page * page_size + place in the page; all different.
+        slots: int64 [T]: page * page_size + place in the page, all different. Nothing is stored of
+            a token whose slot is negative: it takes no row, is not marked and not counted.
         limits: float32 [T], the largest error allowed.
         failed: bool [T]; set where two digits were too few, or the pool had no row.
         rule: how keys are made of values, if they are.
     """
-    limits = limits * STRICT
+    stored = slots >= 0
+    key = None if key is None else key[stored]
+    value, slots, limits = value[stored], slots[stored], limits[stored] * STRICT
     sides = value[:, None] if key is None else torch.stack((key, value), 1)
     exact = turned(sides, cache.format)
     codes, scales = _digit(exact, cache.format)
@@ -74,7 +77,7 @@ def store(
     cache.scales[page, :, :, place] = scales.bfloat16()
     cache.second[page, :, place] = second
     final = torch.where(has, error2, error)
-    failed |= ~(final <= limits[:, None]).all(1)
+    failed[stored] |= ~(final <= limits[:, None]).all(1)
     cache.tally[0] += second.numel()
     cache.tally[1] += has.sum()
     if len(final):

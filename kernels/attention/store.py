@@ -6,7 +6,8 @@ under the smallest bfloat16 scale that fits, and measures what was lost: ||x' - 
 which is ||x - stored|| / ||x|| because H is orthogonal. Where keys are made of values, also for
 ||w (v - stored)|| / ||w v||, the key's: RoPE keeps lengths. Only a head that lost more than the
 token allows takes a row of the pool and writes a second digit there. A row is taken by one atomic
-subtraction; whoever finds none left adds it back, so that the count ends as it should.
+subtraction; whoever finds none left adds it back, so that the count ends as it should. Programs of
+tokens without a slot (the padding of a recorded step) leave before they write anything.
 
 Bytes moved for a head and side: two for each number in, `bits` / 8 out, and 4 + 2 out for the row
 and the scale; a second digit adds as many out again. Nothing is written twice, and no head waits
@@ -16,7 +17,7 @@ What it gave up: rows of the pool are in no fixed order, which nobody reads; and
 head keeps every sum within a warp, where several heads would share the cost of starting it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -28,17 +29,17 @@ from ..launching.launch import Kernel, Variant
 from .cache import (
     _LEAST_SCALE,
     _SCALE_SLACK,
+    DTYPES,
     NONE,
     STRICT,
     KeyRule,
     KVFormat,
     NarrowCache,
     Overflow,
+    cache_fault,
+    misfit,
 )
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MOST = 512
-"""Numbers of a head."""
 SHIPPED = tuple(
     KVFormat(1, head_dim, 8, pairs)
     for head_dim, pairs in ((256, None), (512, 64), (64, None), (128, 16), (128, None))
@@ -201,6 +202,13 @@ def _store(
         weights = tl.load(weight + column, mask=there, other=0.0)
     limit = tl.load(limits + token)
     slot = tl.load(slots + token)
+    if tl.program_id(0) == 0:
+        tl.atomic_add(tally, tl.num_programs(0), sem="relaxed")
+    if slot < 0:
+        # One of a token takes back what was counted for all of its heads.
+        if head == 0:
+            tl.atomic_add(tally, -kv_heads, sem="relaxed")
+        return
 
     exact = turn(own, TURNS)
     digits, scale, left = _digit(exact, BITS)
@@ -236,8 +244,6 @@ def _store(
             tl.store(failed + token, 1)
     tl.store(second + (page * kv_heads + head) * page_size + place, row)
 
-    if tl.program_id(0) == 0:
-        tl.atomic_add(tally, tl.num_programs(0), sem="relaxed")
     # Most are below the largest so far: looking first spares nearly all of them the atomic.
     bits = error.to(tl.int32, bitcast=True)
     if (bits < 0x7F800000) & (bits > tl.load(largest)):
@@ -298,6 +304,7 @@ def store(
 ) -> None:
     """As `reference.store`, whose arguments it has; rows of the pool are taken in any order.
 
+    Nothing is stored of a token whose slot is negative, and nothing counted.
     `key` and `value` are bfloat16, float16 or float32 of one dtype; all tensors are contiguous.
     KernelInputError for anything else, before anything is written.
     """
@@ -355,46 +362,4 @@ def release(second: Tensor, overflow: Overflow, pages: Tensor) -> None:
         (len(pages), layers),
         *(second, overflow.free, overflow.count, pages, all_pages, heads * page_size),
         constants={"BLOCK": _RELEASED},
-    )
-
-
-def misfit(device: torch.device, *wanted: tuple[str, Tensor, torch.dtype, Sequence[int]]) -> str:
-    """What is wrong with the first tensor that is not contiguous, of this dtype and shape there."""
-    for name, own, dtype, shape in wanted:
-        if own.dtype != dtype or own.shape != shape:
-            return f"{name} is {own.dtype} {tuple(own.shape)}; it must be {dtype} {tuple(shape)}"
-        if own.device != device or not own.is_contiguous():
-            return f"{name} is not contiguous on {device}"
-    return ""
-
-
-def cache_fault(cache: NarrowCache, rule: KeyRule | None) -> str:
-    """What is wrong with the tensors of a cache, or with how its keys are made of values."""
-    format, pool, second = cache.format, cache.overflow, cache.second
-    if (rule is None) != (format.pairs is None):
-        return "keys need a rule where they are made of values, and only there"
-    if second.dim() != 3 or format.head_dim > MOST:
-        return f"second has {second.dim()} dimensions, not 3; or heads are longer than {MOST}"
-    pages, _, page_size = second.shape
-    rows, sides, heads = len(pool.free), format.sides, format.kv_heads
-    made: list[tuple[str, Tensor, torch.dtype, Sequence[int]]] = []
-    if rule is not None and format.pairs is not None:
-        table = (len(rule.cosines), format.pairs)
-        made = [
-            ("weight", rule.weight, torch.float32, (format.head_dim,)),
-            ("cosines", rule.cosines, torch.float32, table),
-            ("sines", rule.sines, torch.float32, table),
-        ]
-    return misfit(
-        cache.codes.device,
-        ("codes", cache.codes, torch.uint8, (pages, sides, heads, page_size, format.width)),
-        ("scales", cache.scales, torch.bfloat16, (pages, sides, heads, page_size)),
-        ("second", second, torch.int32, (pages, heads, page_size)),
-        ("tally", cache.tally, torch.int64, (2,)),
-        ("largest", cache.largest, torch.float32, (1,)),
-        ("the pool's codes", pool.codes, torch.uint8, (rows, sides, format.width)),
-        ("the pool's scales", pool.scales, torch.bfloat16, (rows, sides)),
-        ("the pool's free", pool.free, torch.int32, (rows,)),
-        ("the pool's count", pool.count, torch.int32, (1,)),
-        *made,
     )

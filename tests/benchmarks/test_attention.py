@@ -11,19 +11,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import attenders, records
+from benchmarks import attenders, attention, records
 from benchmarks.attenders import Layer, Way, own_int8, own_plain, pairs_seen
 from benchmarks.attention import (
     FULL,
     HEADLINE,
+    INDEX_COPY,
     INT8,
     PLAIN,
     SDPA,
+    WRITE,
     best,
     decode_rows,
     decoding_shapes,
     prefill_rows,
     save,
+    write_rows,
 )
 from benchmarks.clock import Time
 
@@ -32,7 +35,8 @@ LAYERS = (Layer("full", 4, 2, 64, None, 16), Layer("sliding", 4, 2, 32, 48))
 
 @pytest.fixture(autouse=True)
 def few_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attenders, "copies_past_cache", lambda nbytes: 2)
+    for module in (attenders, attention):
+        monkeypatch.setattr(module, "copies_past_cache", lambda nbytes: 2)
 
 
 def clock(launch: Callable[[int], object], launches: int) -> Time:
@@ -70,6 +74,18 @@ def test_prompts(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
     assert own["us"] == torchs["us"] == 10.0
     seen = pairs_seen(70, layer.window)
     assert own["tflops"] == pytest.approx(4 * seen * layer.head_dim * 4 / 1e7)
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_writing(layer: Layer, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = write_rows(layer, tokens, clock, "cpu")
+    assert [row["kind"] for row in rows] == [WRITE, INDEX_COPY]
+    assert all(row["us"] == 10.0 and row["vs_torch"] == 1.0 for row in rows)
+    monkeypatch.setattr(attention, "write", lambda *tensors: None)
+    wrong, right = write_rows(layer, tokens, clock, "cpu")
+    assert wrong["us"] is None and "WrongAnswer" in wrong["note"] and right["us"] == 10.0
+    assert wrong.keys() == right.keys(), "rows of a table"
 
 
 def test_pairs() -> None:

@@ -33,6 +33,9 @@ FORMATS = [
     KVFormat(1, 64, 8, 0),
 ]
 LONG = [KVFormat(1, 256, 8), KVFormat(1, 512, 8, 64)]
+LEAVING = [KVFormat(2, 24, 8), KVFormat(3, 64, 4), KVFormat(2, 128, 8, 16)]
+MISSING = [[0], [7], [3, 0, 7, 4], list(range(8))]
+"""Which of eight tokens have no slot."""
 
 
 def named(format: KVFormat) -> str:
@@ -174,6 +177,42 @@ def check_exhaustion(module: Any, device: torch.device) -> None:
     assert not len(written.held()) and int(written.cache.overflow.count) == 3
 
 
+@pytest.mark.parametrize("missing", MISSING, ids=str)
+@pytest.mark.parametrize("format", LEAVING, ids=named)
+def test_nothing_is_stored_without_a_slot(format: KVFormat, missing: list[int]) -> None:
+    check_left_out(reference, format, missing, CPU)
+
+
+def check_left_out(module: Any, format: KVFormat, missing: list[int], device: torch.device) -> None:
+    """As if the missing tokens were not there, though the pool has rows for the others alone.
+
+    The first of them would take some; the others hold NaN, which would be marked.
+    """
+    rule = rule_of(format, device)
+    key, value = (torch.randn(8, format.kv_heads, format.head_dim) for _ in range(2))
+    key[missing[1:]] = value[missing[1:]] = torch.nan
+    key, value = key.to(device), value.to(device)
+    kept = torch.tensor([row for row in range(8) if row not in missing], device=device).long()
+    slots = torch.randperm(PAGES * PAGE)[:8].to(device)
+    limits = torch.full((8,), limit_of(format) / 50, device=device)
+    wanted = len(kept) * format.kv_heads
+    ours, true = (Written(module, format, max(wanted, 1), device) for _ in range(2))
+    for written in (ours, true):
+        written.cache.codes.fill_(77)
+    expected = true.store(key[kept], value[kept], slots[kept], limits[kept], rule)
+    assert len(true.held()) == wanted
+    given = slots.clone()
+    given[missing] = -1 - slots[missing] * 2**33
+    failed = ours.store(key, value, given, limits, rule)
+    assert torch.equal(failed[kept], expected) and not failed[missing].any()
+    assert len(ours.held()) == wanted
+    assert torch.equal(ours.cache.second == NONE, true.cache.second == NONE)
+    for name in ("codes", "scales", "tally", "largest"):
+        assert torch.equal(getattr(ours.cache, name), getattr(true.cache, name)), name
+    for own, same in zip(ours.read(slots, rule), true.read(slots, rule), strict=True):
+        assert torch.equal(own, same)
+
+
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
 def test_what_is_no_number_is_marked_and_read_as_none(wrong: float) -> None:
     format = KVFormat(1, 24, 8)
@@ -262,6 +301,15 @@ def test_store_takes_other_dtypes(dtype: torch.dtype, device: torch.device) -> N
     nothing = torch.empty(0, 1, 24, dtype=dtype, device=device)
     written.store(nothing, nothing, slots[:0], limits[:0], None)
     assert written.cache.tally.tolist() == [2, 2]
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("missing", MISSING, ids=str)
+@pytest.mark.parametrize("format", LEAVING, ids=named)
+def test_kernels_store_nothing_without_a_slot(
+    format: KVFormat, missing: list[int], device: torch.device
+) -> None:
+    check_left_out(store, format, missing, device)
 
 
 @pytest.mark.kernel

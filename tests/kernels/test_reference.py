@@ -64,6 +64,38 @@ def test_write_kv_touches_its_slots_only() -> None:
         assert cache.count_nonzero() == given.numel()
 
 
+@pytest.mark.parametrize("slots", [[-1, 2, 9], [17, 2, -21], [-1, -(2**40), -3]], ids=str)
+def test_write_kv_stores_nothing_without_a_slot(slots: list[int]) -> None:
+    key, value = torch.randn(2, 3, 2, 8)
+    key_cache, value_cache = torch.full((2, 5, BLOCK, 2, 8), torch.nan)
+    write_kv(key, value, key_cache, value_cache, torch.tensor(slots))
+    for given, cache in ((key, key_cache), (value, value_cache)):
+        rest = cache.flatten(0, 1)
+        for row, slot in enumerate(slots):
+            if slot >= 0:
+                assert torch.equal(rest[slot], given[row])
+                rest[slot] = torch.nan
+        assert cache.isnan().all()
+
+
+@pytest.mark.filterwarnings("ignore")  # of TorchScript's age, and that it does not look
+def test_a_recorded_write_kv_does_not_look_at_slots() -> None:
+    """It costs as much as if there were no rule, and refuses what would need it."""
+    key, value = torch.randn(2, 3, 2, 8)
+    caches = torch.zeros(5, BLOCK, 2, 8), torch.zeros(5, BLOCK, 2, 8)
+
+    def run(*inputs: torch.Tensor) -> torch.Tensor:
+        write_kv(*inputs)
+        return inputs[0]
+
+    slots = torch.tensor([17, 2, 9])
+    recording = torch.jit.trace(run, (key, value, *caches, slots), check_trace=False)
+    calls = {node.kind() for node in recording.graph.nodes()} - {"prim::Constant"}
+    assert calls == {"aten::flatten", "aten::index_copy_"}
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        recording(key, value, *caches, torch.tensor([1, -1, 2]))
+
+
 FORMATS = ["5:16-int4-g64", "8:16-int8-g32", "6:16-bf16", "dense-int4-g32", "dense-int8-g64"]
 
 

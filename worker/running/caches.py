@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...kernels.attention import ops
 from ...kernels.attention.cache import KeyRule, KVFormat, NarrowCache, Overflow
-from ...kernels.reference import Pages, write_kv
+from ...kernels.reference import Pages
 from ..model.config import CacheGroup, ModelConfig, cache_groups
 from ..narrow import key_rule
 
@@ -55,7 +55,7 @@ class Caches(Protocol):
     """Keys and values of all layers."""
 
     def write(self, layer: int, key: Tensor, value: Tensor, slots: Tensor) -> None:
-        """Stores [T, kv_heads, head_dim] each of T tokens at int64 `slots` [T]."""
+        """Stores [T, kv_heads, head_dim] each of T tokens at int64 `slots` [T], if not negative."""
         ...
 
     def attend(self, layer: int, query: Tensor, pages: Pages) -> Tensor:
@@ -93,7 +93,7 @@ class PlainCaches:
 
     def write(self, layer: int, key: Tensor, value: Tensor, slots: Tensor) -> None:
         """See `Caches`."""
-        write_kv(key, value, *self.tensors[layer], slots)
+        ops.write(key, value, *self.tensors[layer], slots)
 
     def attend(self, layer: int, query: Tensor, pages: Pages) -> Tensor:
         """See `Caches`."""
