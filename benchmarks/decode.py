@@ -42,7 +42,7 @@ from conclave.worker.weights import blank_decoder
 from .clock import copy_rate
 from .measurements import release
 from .peak import peak_gib, reset_peak
-from .random_model import RandomModel
+from .random_model import DTYPE, RandomModel
 from .records import HEADLINE as HEADLINE_FILE
 from .records import machine, write_headline, write_result
 from .rows import Row
@@ -108,10 +108,10 @@ def row_of(
     """So many sequences, both ways."""
     reset_peak()
     blank = blank_decoder(source.config)
-    storage = storage_of(blank, source.formats(), torch.bfloat16, packed=True)
+    storage = storage_of(blank, source.formats(), DTYPE, packed=True)
 
     def run(record: Record) -> tuple[list[list[int]], list[float]]:
-        model, config = loaded(source, storage, decoder, batch, record, dry)
+        model, config = loaded(source, storage, decoder, batch, record)
         return answer(model, config, 5 if dry else PROMPT, 6 if dry else ANSWER)
 
     graphs: Record = repeated if dry else GraphRecorder(source.device)
@@ -146,11 +146,9 @@ def loaded(
     decoder: Decoder,
     batch: int,
     record: Record,
-    dry: bool,
 ) -> tuple[LoadedModel, EngineConfig]:
     """As `load_model` would return it, with a tokenizer that is not the model's."""
     config, device = source.config, source.device
-    dtype = torch.float32 if dry else torch.bfloat16
     longest = PROMPT + ANSWER
     settings = EngineConfig(
         model=TOKENIZER,
@@ -160,16 +158,16 @@ def loaded(
         prefix_cache=False,
     )
     groups = cache_groups(config)
-    sizes = [group.bytes_per_token(dtype.itemsize) for group in groups]
+    sizes = [group.bytes_per_token(DTYPE.itemsize) for group in groups]
     cache = plan_cache(settings, groups, config.max_position_embeddings, sizes, 0)
-    caches = PlainCaches.empty(config, cache.blocks, settings.block_size, device, dtype)
+    caches = PlainCaches.empty(config, cache.blocks, settings.block_size, device, DTYPE)
     runner = ModelRunner(
-        *(decoder.to(dtype), config, caches, settings.block_size, device, dtype),
+        *(decoder, config, caches, settings.block_size, device, DTYPE),
         replaying=Replaying(record, batch, longest),
     )
     model = LoadedModel(
         *(config, runner, Tokenizer(TOKENIZER), cache, storage, storage.precision),
-        *(tuple(group.window for group in groups), device, dtype, 0, "random"),
+        *(tuple(group.window for group in groups), device, DTYPE, 0, "random"),
     )
     return model, settings
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks import decode
+from conclave.worker.running.batch import Chunk
 from conclave.worker.running.replayed import Outcome, ReplayedDecode
 
 
@@ -17,7 +18,7 @@ def test_both_ways_give_the_same_tokens() -> None:
 def test_other_tokens_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, calls = ReplayedDecode.__call__, iter(range(10**6))
 
-    def wrong(own: ReplayedDecode, chunks: list, limits: list) -> Outcome:
+    def wrong(own: ReplayedDecode, chunks: list[Chunk], limits: list[float]) -> Outcome:
         found = plain(own, chunks, limits)
         shifted = found.logits + torch.rand(found.logits.shape[1]) * (next(calls) > 5)
         return Outcome(shifted, found.marks)

@@ -65,7 +65,8 @@ class Step:
     positions: Tensor
     """int64 [T]"""
     slots: tuple[Tensor, ...]
-    """int64 [T] for each cache group: where each token's keys and values are stored."""
+    """int64 [T] for each cache group: where each token's keys and values are stored; nowhere if it
+    is negative."""
     parts: tuple[Part, ...]
     logit_rows: Tensor | None
     """int64: rows whose logits are wanted, in the order of the chunks; None for all rows."""

@@ -104,8 +104,6 @@ class DecodeInputs:
         tokens, positions, errors, *rest = self.shape.split(host)
         tokens[:count] = [chunk.tokens[0] for chunk in chunks]
         positions[:count] = [chunk.start for chunk in chunks]
-        errors = errors.view(np.float32)[: self.shape.rows]
-        errors[:count] = limits
         for group, window in enumerate(windows):
             slots, offsets = rest[group], rest[groups + group]
             table = rest[2 * groups + group].reshape(self.shape.rows, -1)
@@ -117,8 +115,12 @@ class DecodeInputs:
                 table[row, len(blocks) :] = blocks[0]
             offsets[count:], table[count:] = offsets[0], table[0]
             slots[count:] = -1
-        for own in (tokens, positions, errors):
+        for own in (tokens, positions):
             own[count:] = own[0]
+        errors.view(np.float32)[: self.shape.rows] = [
+            *limits,
+            *[limits[0]] * (self.shape.rows - count),
+        ]
         self._memory.copy_(torch.from_numpy(host))
 
 
