@@ -42,8 +42,8 @@ def drawn_slots(tokens: int, places: int, missing: float, device: torch.device) 
 
 def emptied(pages: int, page: int, key: Tensor) -> tuple[Tensor, Tensor]:
     """Caches full of NaN."""
-    shape = (2, pages, page, *key.shape[1:])
-    keys, values = torch.full(shape, torch.nan, dtype=key.dtype, device=key.device)
+    shape = (pages, page, *key.shape[1:])
+    keys, values = (torch.full(shape, torch.nan, dtype=key.dtype, device=key.device) for _ in "kv")
     return keys, values
 
 

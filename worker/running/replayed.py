@@ -18,6 +18,7 @@ from ..memory.streaming.layers import LayerStream
 from ..model.decoder import Decoder
 from ..model.layers import Experts
 from ..model.packed import PackedExperts
+from ..scheduling.workspace import MOST_RECORDINGS
 from .batch import Chunk, Step
 from .inputs import DecodeInputs, DecodeShape
 
@@ -25,8 +26,6 @@ log = logging.getLogger(__name__)
 
 Record = Callable[[Callable[[], None]], Callable[[], None]]
 """From a call to what repeats it on the same tensors; see `GraphRecorder`."""
-MOST_RECORDINGS = 64
-"""Kept; then the one that was not used for longest is given up."""
 
 
 @dataclass(frozen=True, slots=True)

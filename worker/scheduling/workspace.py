@@ -11,6 +11,10 @@ from ..model.config import LayerConfig, ModelConfig
 _LOGIT_BYTES = 20
 """Of a scored token for each word: logits, log-probabilities, and their comparison with the
 token's own (17 measured)."""
+MOST_RECORDINGS = 32
+"""Decode steps that are kept as CUDA graphs."""
+_GRAPH_BYTES = 1 << 16
+"""Of one of them for each layer, which the driver keeps (2 to 4 MiB for 60 layers, an H100)."""
 _RECORDED_BYTES = 14
 """Of a recorded step's row for each word: the head's result, and three float32 of its cap."""
 _DRAW_BYTES = 64
@@ -45,15 +49,13 @@ def rows_of(config: EngineConfig) -> int:
 
 
 def recordings(config: EngineConfig, model: ModelConfig, context: int, dtype_size: int) -> int:
-    """Bytes of decode steps as CUDA graphs: the pool that they work in, their inputs and logits.
-
-    What the driver keeps of each graph is not in it.
-    """
+    """Bytes of decode steps as CUDA graphs: the pool that they work in, inputs, logits, graphs."""
     rows = rows_of(config)
     through = rows * max(_layer(model, layer, dtype_size) for layer in model.layers)
     words = rows * model.vocab_size
     tables = 2 * rows * -(-context // config.block_size)
     kept = 4 * words + 8 * (8 * rows + tables)
+    kept += MOST_RECORDINGS * _GRAPH_BYTES * len(model.layers)
     return kept + max(through, _RECORDED_BYTES * words)
 
 
