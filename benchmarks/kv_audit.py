@@ -32,7 +32,8 @@ from conclave.worker.compress.calibration import Text, read_texts
 from conclave.worker.compress.console import progress
 from conclave.worker.compress.quality.reading import as_documents, load_unpacked
 from conclave.worker.model.config import CacheGroup, ModelConfig, cache_groups
-from conclave.worker.model.layers import Rotations, rms_norm, rotate
+from conclave.worker.model.layers import Rotations, rotate
+from conclave.worker.model.norms import rms_norm
 from conclave.worker.narrow import key_rule, kv_formats, second_share
 from conclave.worker.text.tokenizer import Tokenizer
 

@@ -23,9 +23,8 @@ from torch import Tensor
 
 from .formats import TILE, Format, PackedWeight
 from .launching.launch import Kernel, Variant
-from .launching.targets import ALL, target_of
+from .launching.overlap import both_ways, overlap_options, overlaps_on
 from .sparse_gather import FEW_TYPES, check_few
-from .sparse_gemv import overlaps
 from .tuning import dense_plan
 from .workspace import in_groups, meet, workspace
 
@@ -269,11 +268,9 @@ def supports(format: Format, columns: int) -> bool:
 
 def variants() -> Iterator[Variant]:
     """What the bundle holds: the usual formats, bfloat16 in and out."""
-    overlapping = tuple(target for target in ALL if overlaps(target))
-    others = tuple(target for target in ALL if not overlaps(target))
     for bits, (tokens, warps, together), gated in product((4, 8), _SHARES, (False, True)):
         types = ("*bf16", "*bf16", "*i32" if bits == 4 else "*i8", *FEW_TYPES[1:], "i32", "i32")
-        for targets, overlap in ((overlapping, True), (others, False)):
+        for overlap, targets in both_ways():
             constants = {
                 **{"BITS": bits, "TOKENS": tokens, "WARPS": warps},
                 **{"OVERLAP": overlap, "GROUPED": together, "GATED": gated},
@@ -283,7 +280,7 @@ def variants() -> Iterator[Variant]:
 
 def _options(overlap: bool) -> dict[str, int]:
     """Where nothing overlaps, AMD's: the compiler is to leave registers for two warps at least."""
-    return {"launch_pdl": True} if overlap else {"waves_per_eu": 2}
+    return overlap_options(True) if overlap else {"waves_per_eu": 2}
 
 
 def dense_gemv(
@@ -303,7 +300,7 @@ def dense_gemv(
     line = 128 // bits
     pieces = -(-weight.columns // (2 * line))
     warps, splits = dense_plan(x.device, bits, weight.tiles, pieces, padded, copies)
-    overlap = x.is_cuda and overlaps(target_of(x.get_device()))
+    overlap = overlaps_on(x)
     partials, counters = workspace(x.device)
     tensors = (
         *(weight.codes, weight.scales, out if residual is None else residual),

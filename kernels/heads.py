@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launching.launch import Kernel, Variant
+from .launching.overlap import both_ways, overlap_options, overlaps_on
 
 EACH, WARPS = 4, 4
 """Heads of a token that a program has."""
@@ -35,7 +36,11 @@ def _norm_heads(
     epsilon,
     DIM: tl.constexpr,
     EACH: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * EACH + tl.arange(0, EACH))[:, None]
     column = tl.arange(0, DIM)[None, :]
@@ -68,8 +73,11 @@ _kernel = Kernel(_norm_heads, grid="tokens, cdiv(heads + 2 kv_heads, EACH)")
 def variants() -> Iterator[Variant]:
     """What the bundle holds."""
     types = (*["*bf16"] * 5, "*fp32", "*fp32", *["i32"] * 4, "fp32")
-    for dim in DIMS[2:]:
-        yield Variant(_kernel, types, {"DIM": dim, "EACH": EACH}, warps=WARPS)
+    for overlap, targets in both_ways():
+        for dim in DIMS[2:]:
+            constants = {"DIM": dim, "EACH": EACH, "OVERLAP": overlap}
+            how = WARPS, 1, targets, overlap_options(overlap)
+            yield Variant(_kernel, types, constants, *how)
 
 
 def norm_heads(
@@ -98,11 +106,14 @@ def norm_heads(
     )
     if tokens:
         cosines, sines = rotation
+        overlap = overlaps_on(projected)
         _kernel.launch(
             (tokens, triton.cdiv(heads + 2 * kv_heads, EACH)),
             *(query, key, value, projected, weights, cosines, sines),
             *(heads, kv_heads, stored, cosines.stride(0), epsilon),
-            constants={"DIM": dim, "EACH": EACH},
+            constants={"DIM": dim, "EACH": EACH, "OVERLAP": overlap},
             warps=WARPS,
+            stages=1,
+            options=overlap_options(overlap),
         )
     return query, key, value

@@ -29,7 +29,8 @@ from torch import Tensor
 
 from .formats import SHIPPED, TILE, PackedWeight
 from .launching.launch import Kernel, Variant
-from .launching.targets import NVIDIA, Target, target_of
+from .launching.overlap import both_ways, overlap_options, overlaps_on
+from .launching.targets import NVIDIA
 from .sparse_gather import FEW_TYPES, PIECE, check_few, supports
 from .tuning import gemv_plan
 from .workspace import in_groups, meet, workspace
@@ -311,13 +312,12 @@ _paired = Kernel(_pairs, name="token_pairs", grid="columns / 64, PAIRS", multipl
 
 def variants() -> Iterator[Variant]:
     """What the bundle holds: the usual formats, bfloat16 in and out."""
-    overlapping = tuple(target for target in NVIDIA if overlaps(target))
-    others = tuple(target for target in NVIDIA if not overlaps(target))
-    for targets, overlap in ((overlapping, True), (others, False)):
+    for overlap, targets in both_ways(NVIDIA):
+        options = overlap_options(overlap)
         for pairs in (1, 2):
             types = ("*i32", "*fp32", "*bf16", "i32", "i32")
             constants = {"PAIRS": pairs, "OVERLAP": overlap}
-            yield Variant(_paired, types, constants, 1, 1, targets, _options(overlap))
+            yield Variant(_paired, types, constants, 1, 1, targets, options)
         for format in filter(lambda each: supports(each, PIECE), SHIPPED):
             own = {"KEPT": format.kept, "GROUP": format.group}
             for (pairs, warps, together), gated in product(_SHARES, (False, True)):
@@ -327,16 +327,7 @@ def variants() -> Iterator[Variant]:
                     **{**own, "PAIRS": pairs, "WARPS": warps},
                     **{"OVERLAP": overlap, "GROUPED": together, "GATED": gated},
                 }
-                yield Variant(_shuffled, types, constants, warps, 1, targets, _options(overlap))
-
-
-def overlaps(target: Target) -> bool:
-    """Whether a kernel can begin before the one in front of it has ended."""
-    return target.vendor == "nvidia" and target.capability >= 90
-
-
-def _options(overlap: bool) -> dict[str, bool]:
-    return {"launch_pdl": True} if overlap else {}
+                yield Variant(_shuffled, types, constants, warps, 1, targets, options)
 
 
 def sparse_gemv(
@@ -369,8 +360,8 @@ def sparse_gemv(
     )
     pieces = weight.columns // PIECE
     own = {"KEPT": weight.format.kept, "GROUP": weight.format.group}
-    overlap = x.is_cuda and overlaps(target_of(x.get_device()))
-    options = _options(overlap)
+    overlap = overlaps_on(x)
+    options = overlap_options(overlap)
     pairs = (0, 1, 2, 2)[tokens - 1]
     held, factors = x, None
     if pairs:

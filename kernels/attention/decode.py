@@ -29,8 +29,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import KernelInputError
 from ..launching.launch import Kernel, Variant
-from ..launching.targets import ALL, KIB, NVIDIA, Target, processors_of, target_of
-from ..sparse_gemv import overlaps
+from ..launching.overlap import both_ways, overlap_options, overlaps
+from ..launching.targets import KIB, NVIDIA, Target, processors_of, target_of
 from ..workspace import PARTIALS, workspace
 from .cache import KeyRule, KVFormat, NarrowCache
 from .decode_mma import decode_mma
@@ -76,8 +76,7 @@ def plan_of(width: int) -> Plan:
 
 def variants() -> Iterator[Variant]:
     """What the bundle holds: bfloat16 queries, pages of 16 tokens, up to 16 heads a key head."""
-    for overlap in (True, False):
-        targets = tuple(target for target in ALL if overlaps(target) is overlap)
+    for overlap, targets in both_ways():
         yield from _plain_variants(overlap, targets)
         for form in SHIPPED:
             yield from _narrow_variants(form, overlap, targets)
@@ -244,7 +243,7 @@ def _cut(space: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def _options(overlap: bool, registers: int | None = None) -> dict[str, int]:
     limit = {} if registers is None else {"maxnreg": registers}
-    return {"launch_pdl": True, **limit} if overlap else limit
+    return overlap_options(overlap) | limit
 
 
 def _head(form: KVFormat, overlap: bool) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..errors import KernelInputError
 from ..launching.launch import Kernel, Variant
+from ..launching.overlap import both_ways, overlap_options, overlaps_on
 from ..launching.variant import ALIGNMENT
 from .cache import DTYPES, misfit
 
@@ -43,7 +44,11 @@ def _write(
     value_units,
     BLOCK: tl.constexpr,
     UNIT: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     within = place < units * UNIT
@@ -62,7 +67,10 @@ _written = Kernel(_write, name="kv_write", grid="tokens, cdiv(units * UNIT, BLOC
 def variants() -> Iterator[Variant]:
     """What the bundle holds: any tokens of a multiple of 8 numbers, in bfloat16."""
     types = (*["*bf16"] * 4, "*i64", *["i32"] * 3)
-    yield Variant(_written, types, {"BLOCK": BLOCK, "UNIT": UNIT})
+    for overlap, targets in both_ways():
+        constants = {"BLOCK": BLOCK, "UNIT": UNIT, "OVERLAP": overlap}
+        options = overlap_options(overlap)
+        yield Variant(_written, types, constants, targets=targets, options=options)
 
 
 def write(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
@@ -83,12 +91,13 @@ def write(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tenso
     key, value, slots = (_readable(own) for own in (key, value, slots))
     numbers = math.prod(keys.shape[2:])
     apart = key.stride(0), value.stride(0)
-    unit = math.gcd(UNIT, numbers, *apart)
+    unit, overlap = math.gcd(UNIT, numbers, *apart), overlaps_on(keys)
     _written.launch(
         (len(slots), triton.cdiv(numbers, BLOCK)),
         *(keys, values, key, value, slots),
         *(each // unit for each in (numbers, *apart)),
-        constants={"BLOCK": BLOCK, "UNIT": unit},
+        constants={"BLOCK": BLOCK, "UNIT": unit, "OVERLAP": overlap},
+        options=overlap_options(overlap),
     )
 
 

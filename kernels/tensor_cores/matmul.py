@@ -23,6 +23,7 @@ from ..checks import misfit
 from ..errors import KernelInputError
 from ..formats import SHIPPED, Format, PackedWeight
 from ..launching.launch import Kernel, Variant
+from ..launching.overlap import overlap_options
 from ..launching.targets import HOPPER, KIB, NVIDIA, target_of
 from ..tuning import matmul_splits, persistent_programs
 from ..workspace import COUNTERS, epilogue_of, workspace
@@ -157,11 +158,11 @@ def variants() -> Iterator[Variant]:
         copied = ("*bf16", "*bf16", "*bf16", "i32", "i32", "i32")
         for group in (0, 64, 128) if hopper else (0,):
             order = {"TOGETHER": hopper, "GROUP": group, "BLOCK": _BLOCK, "OVERLAP": overlap}
-            yield Variant(_interleaved, copied, order, 4, 1, (target,), _options(overlap))
+            yield Variant(_interleaved, copied, order, 4, 1, (target,), overlap_options(overlap))
     for tokens, sparse in product((128, 192, 256), (False, True)):
         order = {"TOKENS": tokens, "SPARSE": sparse, "BLOCK": _BLOCK, "OVERLAP": True}
         yield Variant(
-            _arranged, ("*bf16", "*bf16", "i32", "i32"), order, 4, 1, HOPPER, _options(True)
+            _arranged, ("*bf16", "*bf16", "i32", "i32"), order, 4, 1, HOPPER, overlap_options(True)
         )
     for format in filter(lambda each: supports(each, STEP * 2), SHIPPED):
         codes = "*i32" if format.dense and format.bits == 4 else "*i8" if format.dense else "*u8"
@@ -181,12 +182,8 @@ def variants() -> Iterator[Variant]:
                 yield Variant(plan.kernel, own, plan.constants, WARPS, 1, HOPPER, plan.options)
         types = ("*bf16", "*bf16", *weight, "*fp32", "*i32", *["i32"] * 5, "fp32")
         for tokens in (128, 192, 256):
-            constants, options = _persistent_plan(format, tokens)[1], _options(True)
+            constants, options = _persistent_plan(format, tokens)[1], overlap_options(True)
             yield Variant(_persistent, types, constants, WARPS_PERSISTENT, 1, HOPPER, options)
-
-
-def _options(overlap: bool) -> dict[str, bool]:
-    return {"launch_pdl": True} if overlap else {}
 
 
 def matmul(
@@ -265,7 +262,7 @@ def _ordered(
         },
         warps=4,
         stages=1,
-        options=_options(overlap),
+        options=overlap_options(overlap),
     )
     return ordered, sums
 
@@ -322,7 +319,7 @@ def _matmul_persistent(
         constants=order,
         warps=4,
         stages=1,
-        options=_options(True),
+        options=overlap_options(True),
     )
     chunks = weight.columns // weight.format.group
     programs = persistent_programs(x.device, weight.tiles, chunks, blocks, each)
@@ -334,7 +331,7 @@ def _matmul_persistent(
         constants=constants,
         warps=WARPS_PERSISTENT,
         stages=1,
-        options=_options(True),
+        options=overlap_options(True),
     )
 
 

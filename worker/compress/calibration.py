@@ -193,13 +193,14 @@ class Shares:
 
     def __init__(self, layer: DecoderLayer) -> None:
         self._energy = {"attention": 0.0, "feed_forward": 0.0, "": 0.0}
-        parts = {
-            "attention": layer.attention_output_norm,
-            "feed_forward": layer.feed_forward_output_norm,
-            "": layer,
+        parts: dict[str, tuple[nn.Module, nn.Module]] = {
+            "attention": (layer.attention, layer.attention_output_norm),
+            "feed_forward": (layer.feed_forward, layer.feed_forward_output_norm),
+            "": (layer, nn.Identity()),
         }
         self._handles = [
-            module.register_forward_hook(self._adding(name)) for name, module in parts.items()
+            module.register_forward_hook(self._adding(name, after))
+            for name, (module, after) in parts.items()
         ]
 
     def __enter__(self) -> "Shares":
@@ -213,8 +214,9 @@ class Shares:
         """The share of the branch that a weight, such as `attention.qkv.weight`, is in."""
         return self._energy[weight.partition(".")[0]] / self._energy[""]
 
-    def _adding(self, name: str) -> Any:
+    def _adding(self, name: str, after: nn.Module) -> Any:
+        # Not a hook of the norm: where kernels join a branch to the residual, no norm is called.
         def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            self._energy[name] += float(output.float().square().sum())
+            self._energy[name] += float(after(output).float().square().sum())
 
         return add

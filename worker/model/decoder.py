@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import ModelConfig
-from .layers import Attention, DecoderLayer, RMSNorm, Rotations
+from .layers import Attention, DecoderLayer, Rotations
+from .norms import RMSNorm
 
 __all__ = ["Attention", "Decoder", "DenseAttention"]
 

@@ -1,4 +1,4 @@
-"""The parts of a Gemma 4 decoder: norm, rope, attention, dense MLP, experts, layer.
+"""The parts of a Gemma 4 decoder: rope, attention, dense MLP, experts, layer.
 
 The arithmetic is that of transformers' modeling_gemma4.py, to 1e-4 in float32. Projections of the
 same input are one matrix (qkv, gate_up), because at one token a step every torch call costs its 3
@@ -6,8 +6,7 @@ to 10 us. Tokens are flat, [T, ...] everywhere; nothing here knows batches, page
 values go to an `Attention`. What it gave up: a fused kernel for gelu with its product.
 """
 
-import math
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -15,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...kernels.heads import DIMS, DTYPES, norm_heads
+from ...kernels.norm import normed_sum
 from .config import ExpertsConfig, LayerConfig, ModelConfig, RopeConfig
+from .norms import RMSNorm, by_kernel, joined, rms_norm
 
 _FEW = 16
 """Experts that compiled training may run for all tokens."""
@@ -31,40 +32,6 @@ class Attention(Protocol):
         that reads the keys of its `kv_source`. Returns [T, heads, head_dim].
         """
         ...
-
-
-def rms_norm(values: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
-    """`values` / rms over the last dimension, times `weight` (no +1), computed in float32.
-
-    A GPU has one fused kernel for it. On a CPU F.rms_norm is six calls, 25 us for one token; with
-    hypot(norm, sqrt(n * epsilon)) for the root it is four calls and 12 us, 30 times a step.
-    """
-    size = int(values.shape[-1])  # a plain number also where the step is being recorded
-    if values.is_cuda:
-        return F.rms_norm(values, (size,), weight, epsilon)
-    exact = values.float()
-    zero, floor = _norm_constants(size, epsilon)
-    length = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).hypot(floor)
-    scaled = torch.addcdiv(zero, exact, length, value=math.sqrt(size))
-    return (scaled if weight is None else scaled * weight).to(values.dtype)
-
-
-@lru_cache
-def _norm_constants(size: int, epsilon: float) -> tuple[Tensor, Tensor]:
-    with torch.inference_mode(False):  # or training after a first inference could not use them
-        return torch.zeros((), device="cpu"), torch.tensor(math.sqrt(size * epsilon), device="cpu")
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, [..., size] to the same."""
-
-    def __init__(self, size: int, epsilon: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.epsilon = epsilon
-
-    def forward(self, values: Tensor) -> Tensor:
-        return rms_norm(values, self.weight, self.epsilon)
 
 
 class Rotations(nn.Module):
@@ -279,13 +246,25 @@ class FeedForward(nn.Module):
             self.experts_input_norm = RMSNorm(size, epsilon)
             self.experts_output_norm = RMSNorm(size, epsilon)
 
-    def forward(self, residual: Tensor) -> Tensor:
-        """[T, hidden] to [T, hidden]; the residual itself is not added."""
-        dense: Tensor = self.mlp(self.norm(residual))
+    @property
+    def input_norms(self) -> list[RMSNorm]:
+        """Of the residual: the MLP's, and the experts' if there are any."""
+        return [self.norm] if self.experts is None else [self.norm, self.experts_input_norm]
+
+    def forward(self, residual: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+        """[T, hidden] to [T, hidden]; the residual itself is not added.
+
+        `inputs` are what `input_norms` make of it.
+        """
+        dense: Tensor = self.mlp(inputs[0])
         if self.experts is None:
             return dense
-        sparse = self.experts(self.experts_input_norm(residual), residual)
-        output: Tensor = self.mlp_output_norm(dense) + self.experts_output_norm(sparse)
+        sparse: Tensor = self.experts(inputs[1], residual)
+        own, other = self.mlp_output_norm, self.experts_output_norm
+        if by_kernel(dense, own.weight) and by_kernel(sparse, other.weight):
+            branches = [(dense, own.weight), (sparse, other.weight)]
+            return normed_sum(branches, epsilon=own.epsilon)[0]
+        output: Tensor = own(dense) + other(sparse)
         return output
 
 
@@ -299,10 +278,10 @@ class PerLayerInput(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_epsilon)
 
     def forward(self, hidden: Tensor, per_layer: Tensor) -> Tensor:
-        """`hidden` [T, hidden] and this layer's `per_layer` [T, per_layer_input_size]."""
-        output: Tensor = self.norm(
-            self.out(F.gelu(self.gate(hidden), approximate="tanh") * per_layer)
-        )
+        """Of `hidden` [T, hidden] and this layer's `per_layer` [T, per_layer_input_size], which its
+        caller norms."""
+        gate = F.gelu(self.gate(hidden), approximate="tanh")
+        output: Tensor = self.out(gate * per_layer)
         return output
 
 
@@ -331,8 +310,10 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:
         """[T, hidden] to [T, hidden]."""
         mixed = self.attention(self.attention_norm(hidden), rotation, attention)
-        hidden = hidden + self.attention_output_norm(mixed)
-        hidden = hidden + self.feed_forward_output_norm(self.feed_forward(hidden))
+        following = self.feed_forward.input_norms
+        hidden, *inputs = joined(hidden, mixed, self.attention_output_norm, following=following)
+        added, own = self.feed_forward(hidden, inputs), self.feed_forward_output_norm
         if self.per_layer_input is not None:
-            hidden = hidden + self.per_layer_input(hidden, per_layer)
-        return hidden * self.scalar
+            (hidden,) = joined(hidden, added, own)
+            added, own = self.per_layer_input(hidden, per_layer), self.per_layer_input.norm
+        return joined(hidden, added, own, self.scalar)[0]
