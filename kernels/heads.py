@@ -39,8 +39,8 @@ def _norm_heads(
     OVERLAP: tl.constexpr,
 ):
     if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * EACH + tl.arange(0, EACH))[:, None]
     column = tl.arange(0, DIM)[None, :]

@@ -61,8 +61,6 @@ def _normed_sum(
     UNIT: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
     element: tl.constexpr = branch.dtype.element_ty
     size = units * UNIT
     column = tl.arange(0, BLOCK)
@@ -78,6 +76,7 @@ def _normed_sum(
         more_after = _row(more_following_weight, column, there)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     total = _row(branch, at, there)
     if weight is not None:
         total = _normed(total, by, size, epsilon, element)

@@ -5,6 +5,7 @@ a card to run them. What it gave up: nothing that a graph does may depend on num
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
@@ -33,6 +34,9 @@ class GraphRecorder:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 run()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # it tells what follows, not what was wrong
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         return graph.replay
