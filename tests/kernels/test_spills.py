@@ -19,7 +19,7 @@ WHOLE = ("sm_90", "gfx1201")
 """Compiled for any number of tokens; the others for the most of them alone."""
 DECODING = ("unrank", "restore")
 """Of lossless codes."""
-BETWEEN = ("norm_heads", "let_through")
+BETWEEN = ("norm_heads", "let_through", "choose_experts", "dispatch_rows", "combine_rows")
 """Products."""
 INTEGERS = ("integer_product", "to_digits")
 EXPECTED = {
