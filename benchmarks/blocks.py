@@ -2,13 +2,17 @@
 
 The linears of a sliding layer of the 31B model in their order, and the experts of a layer of the
 26B model. Attention, norms and the router are left out: their bytes are not in the limit either.
+What is around the products of experts is a block of its own.
 """
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from conclave.kernels.experts import reference
 
 from .contestants import Builder, Contestant, check
 from .experts import Stack, bytes_read, check_stack, choices, random_stack
@@ -78,3 +82,23 @@ def expert_block(
         return shares @ outputs.view(tokens, EXPERTS_EACH, -1)
 
     return Block(launch, len(chosen), bytes_read(gate_up, chosen) + bytes_read(down, chosen))
+
+
+def routing_block(ops: ModuleType, tokens: int) -> Block:
+    """Experts chosen, rows sorted by expert, outputs summed, by the ops of a module; checked."""
+    experts, width = STACKS[0].experts, STACKS[0].columns
+    # No two of a token are equal: bfloat16 keeps multiples of 1/16 below 8 apart.
+    scores = torch.rand(tokens, experts, device="cuda").argsort(-1).to(torch.bfloat16) / 16
+    scale = torch.ones(experts, dtype=torch.bfloat16, device="cuda")
+    hidden, outputs = (
+        torch.randn(rows, width, dtype=torch.bfloat16, device="cuda")
+        for rows in (tokens, tokens * EXPERTS_EACH)
+    )
+
+    def once(ops: ModuleType) -> tuple[Tensor, ...]:
+        weights, chosen = ops.choose(scores, scale, EXPERTS_EACH)
+        inputs, own, back = ops.dispatch(hidden, chosen)
+        return inputs, own, ops.combine(outputs, weights, back)
+
+    torch.testing.assert_close(once(ops), once(reference))
+    return Block(lambda _: once(ops), 12, scores.nbytes + hidden.nbytes + outputs.nbytes)

@@ -26,6 +26,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from conclave.kernels.experts.ops import choose
 from conclave.kernels.formats import Format
 from conclave.worker.memory.experts.cache import ExpertCache, ExpertUse
 from conclave.worker.memory.experts.module import SlottedExperts
@@ -204,15 +205,12 @@ class Routing:
         }
 
         def route(module: Experts, residual: Tensor) -> tuple[Tensor, Tensor]:
-            probabilities = module.scores(residual).softmax(-1, dtype=torch.float32)
-            probabilities.topk(module.active, -1)
-            chosen = self._chosen[places[id(module)]].index_select(0, self._step)[0]
-            weights = probabilities.gather(-1, chosen)
-            weights = weights / weights.sum(-1, keepdim=True)
-            return weights * module.expert_scale[chosen], chosen
+            weights, _ = choose(module.scores(residual), module.expert_scale, module.active)
+            # Weights of other experts do: nothing hangs on them here but the values.
+            return weights, self._chosen[places[id(module)]].index_select(0, self._step)[0]
 
         def foresee(module: SlottedExperts, residual: Tensor) -> Tensor:
-            module.scores(residual).topk(module.active, -1)
+            choose(module.scores(residual), module.expert_scale, module.active)
             return self._foreseen[places[id(module)]].index_select(0, self._step)[0]
 
         with (

@@ -7,7 +7,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .blocks import Block, expert_block, expert_weights, sliding_block, sliding_layer
+from conclave.kernels.experts import reference, routing
+
+from .blocks import (
+    Block,
+    expert_block,
+    expert_weights,
+    routing_block,
+    sliding_block,
+    sliding_layer,
+)
 from .clock import Launch, Time, launches_over, replayed
 from .contestants import CUBLAS, SPARSE, Builder, Contestant, check
 from .experts import (
@@ -102,6 +111,9 @@ def block_rows(rate: float) -> Iterator[Row]:
             make = partial(expert_block, builder, weights)
             yield block_row("26B experts", kind, tokens, make, rate)
             release()
+    for kind, ops in (("torch", reference), ("kernels", routing)):
+        for tokens in (1, 8, 64):
+            yield block_row("26B routing", kind, tokens, partial(routing_block, ops), rate)
 
 
 def block_row(name: str, kind: str, tokens: int, make: Callable[[int], Block], rate: float) -> Row:

@@ -19,7 +19,14 @@ WHOLE = ("sm_90", "gfx1201")
 """Compiled for any number of tokens; the others for the most of them alone."""
 DECODING = ("unrank", "restore")
 """Of lossless codes."""
-BETWEEN = ("norm_heads", "let_through", "normed_sum")
+BETWEEN = (
+    "norm_heads",
+    "let_through",
+    "normed_sum",
+    "choose_experts",
+    "dispatch_rows",
+    "combine_rows",
+)
 """Products."""
 INTEGERS = ("integer_product", "to_digits")
 EXPECTED = {

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...kernels.experts.ops import choose, combine, dispatch
 from ...kernels.heads import DIMS, DTYPES, norm_heads
 from ...kernels.norm import normed_sum
 from .config import ExpertsConfig, LayerConfig, ModelConfig, RopeConfig
@@ -179,10 +180,7 @@ class Experts(nn.Module):
 
     def route(self, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Expert weights (float32) and indices, both [T, active], from the un-normed residual."""
-        probabilities = self.scores(residual).softmax(-1, dtype=torch.float32)
-        weights, chosen = probabilities.topk(self.active, -1)
-        weights = weights / weights.sum(-1, keepdim=True)
-        return weights * self.expert_scale[chosen], chosen
+        return choose(self.scores(residual), self.expert_scale, self.active)
 
     def scores(self, residual: Tensor) -> Tensor:
         """The router's, [T, count]: the likeliest expert has the highest."""
@@ -195,14 +193,8 @@ class Experts(nn.Module):
         weights, chosen = self.route(residual)
         if torch.compiler.is_compiling() and len(self.gate_up) <= _FEW:
             return self._all(hidden, weights, chosen)
-        order = chosen.flatten().argsort(stable=True)
-        outputs = self.run(hidden[order // self.active], chosen.flatten()[order])
-        back = torch.empty_like(order).scatter_(
-            0, order, torch.arange(len(order), device=order.device)
-        )
-        per_token = outputs[back].unflatten(0, (-1, self.active))
-        output: Tensor = (per_token * weights[..., None]).sum(1).to(hidden.dtype)
-        return output
+        inputs, own, back = dispatch(hidden, chosen)
+        return combine(self.run(inputs, own), weights, back)
 
     def _all(self, hidden: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """`forward` by all experts, most weighing zero: lengths that change are not compiled."""
@@ -215,7 +207,7 @@ class Experts(nn.Module):
         return output
 
     def run(self, inputs: Tensor, chosen: Tensor) -> Tensor:
-        """Each of `inputs` [n, hidden] by its expert, `chosen` int64 [n] in ascending order."""
+        """Each of `inputs` [n, hidden] by its expert, `chosen` int32 [n] in ascending order."""
         counts = chosen.bincount(minlength=self.count).tolist()
         outputs = []
         for index, own in enumerate(inputs.split(counts)):

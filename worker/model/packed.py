@@ -95,8 +95,7 @@ class PackedExperts(Experts):
     def run(self, inputs: Tensor, chosen: Tensor) -> Tensor:
         """See `Experts.run`."""
         gate_up, down = self.packed
-        experts = chosen.int()
-        return grouped_linear(grouped_linear(inputs, gate_up, experts, gated=True), down, experts)
+        return grouped_linear(grouped_linear(inputs, gate_up, chosen, gated=True), down, chosen)
 
 
 def pack_decoder(

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from ....kernels.experts.ops import choose
 from ....kernels.formats import from_tensors
 from ....kernels.layouts import PackedWeight
 from ....kernels.linear import grouped_linear
@@ -69,7 +70,7 @@ class SlottedExperts(Experts):
 
     def foresee(self, residual: Tensor) -> Tensor:
         """Experts that will be chosen, int64 [T, active], by the residual a layer before."""
-        return self.scores(residual).topk(self.active, -1).indices
+        return choose(self.scores(residual), self.expert_scale, self.active)[1]
 
     def run(self, inputs: Tensor, chosen: Tensor) -> Tensor:
         """See `Experts.run`."""
@@ -106,7 +107,8 @@ class SlottedPackedExperts(SlottedExperts):
 
     def run(self, inputs: Tensor, chosen: Tensor) -> Tensor:
         """See `Experts.run`."""
-        slots = self._shelf.await_slots(self.place)[chosen]
+        # Of int32 indices brackets would make a copy in int64 first.
+        slots = self._shelf.await_slots(self.place).index_select(0, chosen)
         gate_up, down = self.packed
         inner = grouped_linear(inputs, gate_up, slots, gated=True, among=self.count)
         return grouped_linear(inner, down, slots, among=self.count)
