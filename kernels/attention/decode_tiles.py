@@ -285,8 +285,8 @@ def _decode_plain(
     OVERLAP: tl.constexpr,
 ):
     if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     batch = tl.program_id(0) // kv_heads
     kv_head = tl.program_id(0) % kv_heads
     head = (tl.program_id(0) * group).to(tl.int64)

@@ -147,8 +147,11 @@ def _join_splits(
     OVERLAP: tl.constexpr,
 ):
     if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
+        if TURNED:
+            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        if not TURNED:
+            tl.extra.cuda.gdc_launch_dependents()
     head = tl.program_id(0).to(tl.int64)
     stored = _places(BLOCKS, R, C)
     part = tl.arange(0, AT_ONCE)
