@@ -112,7 +112,7 @@ def variants() -> Iterator[Variant]:
 
 
 def _given(branches: int, residual: int, scale: int, following: int) -> tuple[bool, ...]:
-    """Which of the kernel's pointers there are."""
+    """Which of the kernel's pointers there are, as layers call it."""
     first, second = following > 0, following > 1
     more = branches > 1
     ahead = (True, more, bool(residual), branches > 0, first, second)
@@ -121,7 +121,8 @@ def _given(branches: int, residual: int, scale: int, following: int) -> tuple[bo
 
 _CASES = (
     _given(0, 0, 0, 1),
-    *(_given(1, 1, scale, following) for scale in (0, 1) for following in (0, 1, 2)),
+    *(_given(1, 1, 0, following) for following in (0, 1, 2)),
+    _given(1, 1, 1, 0),
     _given(2, 0, 0, 0),
 )
 
