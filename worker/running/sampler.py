@@ -10,6 +10,7 @@ What it gives up: top-p and min-p without top-k sort the whole vocabulary.
 import math
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -100,22 +101,39 @@ def likeliest(logits: Tensor, counts: Items[int]) -> list[tuple[list[int], list[
 
 def _adjust(logits: Tensor, sequences: Items[Sequence], forbidden: Items[Items[int]]) -> Tensor:
     """Logits after bias, penalties and bans; the same tensor if no row has any."""
-    adjusted = logits
-    for row, (sequence, banned) in enumerate(zip(sequences, forbidden, strict=True)):
+    changed = any(s.sampling.logit_bias or s.sampling.penalised for s in sequences)
+    if not changed and not any(forbidden):
+        return logits
+    adjusted = logits.clone()
+    for row, sequence in enumerate(sequences):
         sampling = sequence.sampling
-        if not (sampling.logit_bias or sampling.penalised or banned):
-            continue
-        if adjusted is logits:
-            adjusted = logits.clone()
         if sampling.penalised:
             _penalise(adjusted[row], sequence)
         if sampling.logit_bias:
             ids = torch.tensor(list(sampling.logit_bias), device=logits.device)
             bias = torch.tensor(list(sampling.logit_bias.values()), device=logits.device)
             adjusted[row, ids] += bias
-        if banned:
-            adjusted[row, torch.tensor(list(banned), device=logits.device)] = -torch.inf
+    _ban(adjusted, [tuple(banned) for banned in forbidden])
     return adjusted
+
+
+def _ban(logits: Tensor, forbidden: Items[tuple[int, ...]]) -> None:
+    """Leave no chance to the tokens that are forbidden for each row, in place."""
+    for banned in set(forbidden) - {()}:
+        ids = _on_device(banned, logits.device)
+        if all(own == banned for own in forbidden):
+            logits.index_fill_(1, ids, -torch.inf)
+            continue
+        for row, own in enumerate(forbidden):
+            if own == banned:
+                logits[row].index_fill_(0, ids, -torch.inf)
+
+
+@lru_cache(maxsize=256)
+def _on_device(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    """Kept there: they hardly ever change, and to bring them waits for all that is under way."""
+    with torch.inference_mode(False):
+        return torch.tensor(ids, device=device)
 
 
 def _penalise(logits: Tensor, sequence: Sequence) -> None:

@@ -134,6 +134,22 @@ def test_bias_and_bans() -> None:
     assert logits[0, 3] == 0, "the caller's logits were changed"
 
 
+def test_each_row_has_its_own_bans() -> None:
+    """Given as any kind of list; the logits stay as they were."""
+    torch.manual_seed(0)
+    logits = torch.randn(5, VOCABULARY)
+    order = logits.argsort(-1, descending=True)
+    best, rows = order[:, :3].tolist(), [sequence(temperature=0.0) for _ in range(5)]
+    before = logits.clone()
+    bans: list[Any] = [tuple(best[0][:2]), [], best[2][:1], tuple(best[0][:2]), best[4][:2]]
+    chosen = [choice.token for choice in sample(logits, rows, bans) if choice is not None]
+    left = [[t for t in order[row].tolist() if t not in bans[row]] for row in range(5)]
+    assert chosen == [own[0] for own in left]
+    alike = [choice.token for choice in sample(logits, rows, [(7, 9)] * 5) if choice is not None]
+    assert alike == [next(t for t in own.tolist() if t not in (7, 9)) for own in order]
+    assert torch.equal(logits, before)
+
+
 def test_penalties_follow_their_definitions() -> None:
     logits = torch.linspace(-2, 2, VOCABULARY).unsqueeze(0)
     row = sequence(
