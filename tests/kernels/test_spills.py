@@ -14,6 +14,8 @@ from conclave.kernels.launching.variant import Variant, compile_variant, resourc
 from conclave.kernels.layouts import Format
 from conclave.kernels.tensor_cores import matmul
 
+pytestmark = pytest.mark.timeout(900)
+"""Compiling is what takes the time."""
 TARGETS = ("sm_89", "sm_90", "gfx1100", "gfx1201")
 WHOLE = ("sm_90", "gfx1201")
 """Compiled for any number of tokens; the others for the most of them alone."""
@@ -58,11 +60,13 @@ def is_hot(variant: Variant) -> bool:
     Or decodes lossless codes, or multiplies integers.
     """
     kept, bits, group = (variant.constants.get(key) for key in ("KEPT", "BITS", "GROUP"))
-    prepares = ("token_pairs", "interleave", "arrange", *DECODING, *BETWEEN, *INTEGERS)
-    if variant.kernel.name in (*prepares, "prefill_wide"):
+    prepares = {"token_pairs", "interleave", "arrange", *DECODING, *BETWEEN, *INTEGERS}
+    if variant.kernel.name in (prepares | {"prefill_wide"}) - {"normed_sum"}:
         return True
     if variant.kernel.name == "dense_gemv":
         return bits == 4
+    if variant.kernel.name == "normed_sum":  # the others have as many numbers a thread
+        return bool(variant.constants["BLOCK"] == 8192)
     products = {"sparse_gemv", "sparse_gather", "tile_mma"}
     products |= {"tile_wgmma", "tile_persistent", "tile_staged"}
     return (

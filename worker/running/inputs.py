@@ -2,8 +2,10 @@
 
 A recording of a step reads fixed addresses and has fixed sizes. So the number of sequences and the
 blocks of their tables are rounded up, and one copy brings what changes from step to step. Rows that
-only pad do what the first one does, so that they choose no experts of their own, and store nothing.
-What it gave up: up to half of the rows and of the tables' width.
+only pad repeat the shortest sequence's token and store nothing. They see one key, as all that they
+read is for nothing; but where there are experts they see what that sequence does, so that they
+choose no others, which would be read or even fetched. What it gave up: up to half of the rows and
+of the tables' width.
 """
 
 from collections.abc import Iterator, Sequence
@@ -97,10 +99,12 @@ class DecodeInputs:
         limits: Sequence[float],
         windows: Sequence[int | None],
         block_size: int,
+        experts: bool,
     ) -> None:
-        """Bring in chunks of one token each, and their limits."""
+        """Bring in chunks of one token each, and their limits; and whether experts are chosen."""
         host = np.zeros(self.shape.numbers, np.int64)
         groups, count = len(windows), len(chunks)
+        shortest = min(range(count), key=lambda row: chunks[row].end)
         tokens, positions, errors, *rest = self.shape.split(host)
         tokens[:count] = [chunk.tokens[0] for chunk in chunks]
         positions[:count] = [chunk.start for chunk in chunks]
@@ -113,14 +117,10 @@ class DecodeInputs:
                 slots[row] = blocks[-1] * block_size + chunk.start % block_size
                 table[row, : len(blocks)] = blocks
                 table[row, len(blocks) :] = blocks[0]
-            offsets[count:], table[count:] = offsets[0], table[0]
-            slots[count:] = -1
-        for own in (tokens, positions):
-            own[count:] = own[0]
-        errors.view(np.float32)[: self.shape.rows] = [
-            *limits,
-            *[limits[0]] * (self.shape.rows - count),
-        ]
+            offsets[count:] = offsets[shortest] if experts else 0
+            table[count:], slots[count:] = table[shortest], -1
+        tokens[count:], positions[count:] = tokens[shortest], positions[shortest]
+        errors.view(np.float32)[:count] = limits
         self._memory.copy_(torch.from_numpy(host))
 
 

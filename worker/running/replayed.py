@@ -74,6 +74,7 @@ class ReplayedDecode:
         windows: the sliding window of each cache group.
         block_size: tokens in a block.
         device: where the step runs.
+        experts: whether some are chosen in it.
         stream: what brings weights while it runs, if anything does.
     """
 
@@ -84,13 +85,14 @@ class ReplayedDecode:
         windows: Sequence[int | None],
         block_size: int,
         device: torch.device,
+        experts: bool,
         stream: LayerStream | ExpertCache | None,
     ) -> None:
         self._run = run
         self._record: Record | None = replaying.record
         self._windows, self._block_size = windows, block_size
         self._most = replaying.sequences, -(-replaying.context // block_size)
-        self._stream = stream
+        self._experts, self._stream = experts, stream
         widest = DecodeShape(self._most[0], (self._most[1],) * len(windows))
         self._memory = torch.zeros(widest.numbers, dtype=torch.int64, device=device)
         self._logits = self._marks = torch.empty(0, device=device)
@@ -112,7 +114,7 @@ class ReplayedDecode:
         shape = DecodeShape.of(chunks, self._windows, self._block_size, *self._most)
         known = self._inputs.get(shape)
         inputs = known or DecodeInputs(shape, self._memory)
-        inputs.fill(chunks, limits, self._windows, self._block_size)
+        inputs.fill(chunks, limits, self._windows, self._block_size, self._experts)
         replay = self._replays.pop(shape, None)
         if replay is None and known is not None:
             replay = self._recorded(inputs)

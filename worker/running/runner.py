@@ -78,8 +78,9 @@ class ModelRunner:
             self._recorded = RecordedDecode(self._plain_logits, tensors, self.windows, block_size)
         self._replayed: ReplayedDecode | None = None
         if replaying is not None:
+            experts = any(layer.experts is not None for layer in config.layers)
             self._replayed = ReplayedDecode(
-                self._run, replaying, self.windows, block_size, device, stream
+                self._run, replaying, self.windows, block_size, device, experts, stream
             )
 
     @torch.inference_mode()

@@ -211,7 +211,7 @@ class BlockManager:
         hits = self._longest_prefix(sequence)
         if not self._fits(sequence, hits, chunk):
             return False
-        sequence.tables = tuple([] for _ in self.pools)
+        sequence.tables = tuple(array("q") for _ in self.pools)
         for group, pool in enumerate(self.pools):
             first = self._first_needed(group, hits * self.block_size)
             sequence.tables[group].extend([SLID] * first)

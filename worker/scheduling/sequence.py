@@ -3,6 +3,7 @@
 Plain bookkeeping without tensors. A request for n answers is n sequences over one prompt.
 """
 
+from array import array
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -57,8 +58,9 @@ class Sequence:
     cached: int = 0
     """Tokens that the first admission took from the prefix cache."""
     preemptions: int = 0
-    tables: tuple[list[int], ...] = ()
-    """One block table per cache group; -1 where a block has slid out of the window."""
+    tables: "tuple[array[int], ...]" = ()
+    """One block table per cache group; -1 where a block has slid out of the window. Not lists: a
+    step copies them whole, and those of long contexts have thousands of blocks."""
     block_hashes: list[bytes] = field(default_factory=list)
     counts: dict[int, int] = field(default_factory=dict)
     """How often each token stands in the answer; kept only for penalties."""

@@ -187,9 +187,31 @@ def test_inputs_lie_where_kernels_want_them() -> None:
             assert len(tensor) == rows
         tables = [range(20), range(20)]
         chunks = [Chunk([5], start, tuple(tables), 1) for start in range(min(widths))][:rows]
-        inputs.fill(chunks, [0.5] * len(chunks), [None, 3], 1)
-        assert step.tokens.tolist() == [5] * rows and inputs.limits.tolist() == [0.5] * rows
+        inputs.fill(chunks, [0.5] * len(chunks), [None, 3], 1, True)
+        assert step.tokens.tolist() == [5] * rows
+        assert inputs.limits.tolist() == [0.5] * len(chunks) + [0.0] * (rows - len(chunks))
         assert step.slots[0].tolist() == [*range(len(chunks)), *[-1] * (rows - len(chunks))]
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_rows_that_pad_repeat_the_shortest(experts: bool) -> None:
+    """And see one key, or all that it sees where they must choose its experts."""
+    shape = DecodeShape(4, (32, 3))
+    inputs = DecodeInputs(shape, torch.full((shape.numbers,), -7))
+    tables = [(range(100 * row, 100 * row + 40),) * 2 for row in range(3)]
+    starts = [90, 41, 70]
+    chunks = [
+        Chunk([row], start, table, 1)
+        for row, (start, table) in enumerate(zip(starts, tables, strict=True))
+    ]
+    inputs.fill(chunks, [0.1, 0.2, 0.3], [None, 5], 4, experts)
+    step, (part,) = inputs.step, inputs.step.parts
+    assert step.tokens.tolist() == [0, 1, 2, 1] and step.positions.tolist() == [90, 41, 70, 41]
+    for group in range(2):
+        assert step.slots[group].tolist() == [90, 441, 870, -1]
+        assert torch.equal(part.tables[group][3], part.tables[group][1])
+        offsets = part.offsets[group].tolist()
+        assert offsets[3] == (offsets[1] if experts else 0)
 
 
 def answers(folder: Path, count: int, **settings: Any) -> list[list[int]]:

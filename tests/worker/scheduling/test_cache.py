@@ -27,7 +27,7 @@ def test_sliding_group_keeps_only_the_window(make_sequence: MakeSequence) -> Non
     sequence = make_sequence(list(range(40)))
     compute(blocks, sequence, chunk=4)
     # The next query, at position 40, looks back to 33, in block 8; blocks 0 to 7 have slid out.
-    assert sequence.tables[1][:8] == [SLID] * 8
+    assert list(sequence.tables[1][:8]) == [SLID] * 8
     assert SLID not in sequence.tables[1][8:]
     assert used(blocks) == [10, 2]
     blocks.release(sequence)
@@ -81,7 +81,7 @@ def test_prefix_may_begin_after_slid_blocks(make_sequence: MakeSequence) -> None
     again = make_sequence([*range(32), 50])
     assert blocks.admit(again, 64)
     assert again.computed == 32
-    assert again.tables[1][:6] == [SLID] * 6  # position 32 looks back to 25, in block 6
+    assert list(again.tables[1][:6]) == [SLID] * 6  # position 32 looks back to 25, in block 6
 
 
 def test_different_beginnings_share_nothing(make_sequence: MakeSequence) -> None:
@@ -197,7 +197,7 @@ def test_broken_blocks_that_others_hold_are_wiped_when_those_let_go(
     assert shared == first.tables[0][:2]
     own = second.tables[0][2:]
     blocks.discard(second)
-    assert blocks.take_soiled()[0] == own
+    assert blocks.take_soiled()[0] == list(own)
     newcomer = make_sequence(list(range(10)))
     compute(blocks, newcomer)
     assert not set(newcomer.tables[0]) & set(shared)

@@ -51,7 +51,7 @@ def test_what_is_needed_for_others_comes_back(make_sequence: MakeSequence) -> No
     assert blocks.admit(first, 64) and first.computed == 12 and blocks.restoring
     (back,) = blocks.take_moves()
     assert [slot for slot, _ in back.restored] == [slots[block] for block in table[:3]]
-    assert [block for _, block in back.restored] == first.tables[0][:3]
+    assert [block for _, block in back.restored] == list(first.tables[0][:3])
     assert not blocks.restoring
     (use,) = blocks.host_use()
     assert (use.blocks, use.spilled, use.restored) == (8, 6, 3)
