@@ -64,6 +64,7 @@ TINY = {
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_global_key_value_heads": 1},
     **{"head_dim": 32, "global_head_dim": 64},
 }
+TINY_LAYERS = 12
 Row = dict[str, Any]
 
 
@@ -106,7 +107,7 @@ def measure(names: Sequence[str], dry: bool, plain: bool = False) -> dict[str, A
 
 def rows_of(settings: Sequence[Setting], link: float, dry: bool, plain: bool) -> Iterator[Row]:
     """All settings of equal formats; layers that stay are measured once for all."""
-    shape = shape_settings("31b") | (TINY if dry else {})
+    shape = shape_settings("31b", TINY_LAYERS if dry else None) | (TINY if dry else {})
     format, tables = settings[0].format, Format.parse(settings[0].tables)
     own = None if format is None else Format.parse(format)
     source = RandomModel(ModelConfig.parse(shape), own, DEVICE, tables)

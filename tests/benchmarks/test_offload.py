@@ -38,7 +38,7 @@ def test_tokens_are_decoded_from_codes() -> None:
 
 def test_the_ceiling_is_that_of_bytes_that_are_copied() -> None:
     """Of bfloat16 fewer than planned: the end of its code is without use."""
-    config = ModelConfig.parse(shape_settings("31b") | offload.TINY)
+    config = ModelConfig.parse(shape_settings("31b", offload.TINY_LAYERS) | offload.TINY)
     storage = storage_of(blank_decoder(config), {}, DTYPE, packed=True)
     (setting,) = (each for each in SETTINGS if each.name == "bf8")
     planned = offload.residency_of(storage, setting, "coded", dry=True)
