@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launching.launch import Kernel, Variant
-from .launching.overlap import both_ways, overlap_options, overlaps_on
+from .launching.overlap import both_ways, overlap_options, overlaps_on, wait_in_turn
 
 EACH, WARPS = 4, 4
 """Heads of a token that a program has."""
@@ -38,9 +38,7 @@ def _norm_heads(
     EACH: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_in_turn(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * EACH + tl.arange(0, EACH))[:, None]
     column = tl.arange(0, DIM)[None, :]

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from ..launching.launch import Kernel
+from ..launching.overlap import wait_in_turn
 from .splits import DIGIT, LOG2E, leave, leave_marks, sign
 
 LIFT = tl.constexpr(14.0)
@@ -284,9 +285,7 @@ def _decode_plain(
     CHUNK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_in_turn(OVERLAP)
     batch = tl.program_id(0) // kv_heads
     kv_head = tl.program_id(0) % kv_heads
     head = (tl.program_id(0) * group).to(tl.int64)

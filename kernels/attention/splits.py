@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from ..launching.launch import Kernel
+from ..launching.overlap import wait_in_turn
 
 DIGIT = tl.constexpr(254.0)
 """Second digits of a query count one in this."""
@@ -82,9 +83,7 @@ def _turn_query(
     C: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_in_turn(OVERLAP)
     head = tl.program_id(0).to(tl.int64)
     stored = _places(BLOCKS, R, C)
     source = _sources(stored, DIM, PAIRS)
@@ -146,12 +145,12 @@ def _join_splits(
     AT_ONCE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    if OVERLAP:
-        if TURNED:
+    if TURNED:  # over narrow pages, where it is not measured whether later is better
+        if OVERLAP:
             tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-        if not TURNED:
-            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
+    else:
+        wait_in_turn(OVERLAP)
     head = tl.program_id(0).to(tl.int64)
     stored = _places(BLOCKS, R, C)
     part = tl.arange(0, AT_ONCE)

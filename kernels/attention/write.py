@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import KernelInputError
 from ..launching.launch import Kernel, Variant
-from ..launching.overlap import both_ways, overlap_options, overlaps_on
+from ..launching.overlap import both_ways, overlap_options, overlaps_on, wait_in_turn
 from ..launching.variant import ALIGNMENT
 from .cache import DTYPES, misfit
 
@@ -46,9 +46,7 @@ def _write(
     UNIT: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_in_turn(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     within = place < units * UNIT

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..errors import KernelInputError
 from ..launching.launch import Kernel, Variant
-from ..launching.overlap import both_ways, overlap_options, overlaps_on
+from ..launching.overlap import both_ways, overlap_options, overlaps_on, wait_in_turn
 
 DTYPES = (torch.bfloat16, torch.float16)
 MOST_EXPERTS = 1024
@@ -64,9 +64,7 @@ def _choose(
     ACTIVE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_in_turn(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, EXPERTS)
     there = expert < experts
@@ -109,9 +107,7 @@ def _dispatch(
     COLUMNS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_in_turn(OVERLAP)
     pair = tl.program_id(0)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     source = hidden + (pair // active).to(tl.int64) * width + column
@@ -139,9 +135,7 @@ def _combine(
     COLUMNS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_in_turn(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     fits = column < width

@@ -1,14 +1,26 @@
 """Kernels that begin while the one in front of them ends: NVIDIA's programmatic dependent launch.
 
-Such a kernel lets the next one begin (`gdc_launch_dependents`), reads what nobody writes, weights,
-and waits (`gdc_wait`) before it touches anything else: then all kernels before it have ended.
+Such a kernel may read what nobody writes, weights, before it waits (`gdc_wait`); then all kernels
+before it have ended, and it may touch anything. It tells when the next one may begin
+(`gdc_launch_dependents`). Early is not always better: what waits takes room and bandwidth from who
+works, so the place is measured for each (docs/log.md, "When to let the next kernel begin").
 """
 
 from collections.abc import Iterator, Sequence
 
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from .targets import ALL, Target, target_of
+
+
+@triton.jit
+def wait_in_turn(OVERLAP: tl.constexpr):
+    """Wait for all kernels before this one, and let the next begin only then."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 def overlaps(target: Target) -> bool:
