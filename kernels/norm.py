@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .errors import KernelInputError
 from .launching.launch import Kernel, Variant
-from .launching.overlap import both_ways, overlap_options, overlaps_on
+from .launching.overlap import both_ways, overlap_options, overlaps_on, wait_in_turn
 
 DTYPES = (torch.bfloat16, torch.float16)
 MOST = 16384
@@ -74,9 +74,7 @@ def _normed_sum(
         after = _row(following_weight, column, there)
     if more_following_weight is not None:
         more_after = _row(more_following_weight, column, there)
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_in_turn(OVERLAP)
     total = _row(branch, at, there)
     if weight is not None:
         total = _normed(total, by, size, epsilon, element)
@@ -137,7 +135,8 @@ def normed_sum(
     residual: Tensor | None = None,
     scale: Tensor | None = None,
     following: Sequence[Tensor] = (),
-    epsilon: float = 1e-6,
+    *,
+    epsilon: float,
 ) -> list[Tensor]:
     """The sum, then each norm of it.
 

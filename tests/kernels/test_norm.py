@@ -78,7 +78,7 @@ def test_sums(
         own.rows[2] if residual else None,
         own.scale if scaled else None,
         after,
-        1e-6,
+        epsilon=1e-6,
     )
     check(found, [total, *(norm(total, weight) for weight in after)])
 
@@ -90,7 +90,7 @@ def test_results_are_all_written(device: torch.device, monkeypatch: pytest.Monke
     given = iter((memory[1:3], memory[3:5]))
     monkeypatch.setattr(torch, "empty_like", lambda _: next(given))
     own = Drawn((2, 1000), device)
-    normed_sum(own.branches[:1], own.rows[2], None, own.weights[2:3], 1e-6)
+    normed_sum(own.branches[:1], own.rows[2], None, own.weights[2:3], epsilon=1e-6)
     assert memory[1:5].isfinite().all() and memory[[0, 5]].isnan().all()
 
 
@@ -124,4 +124,4 @@ def test_what_does_not_fit_is_refused() -> None:
         ([(x.new_zeros(1, MOST + 1), weight.new_zeros(MOST + 1))], {}),
     ):
         with pytest.raises(KernelInputError, match="norms and sums"):
-            normed_sum(branches, **more)
+            normed_sum(branches, **more, epsilon=1e-6)

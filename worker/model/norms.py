@@ -18,9 +18,9 @@ from ...kernels.norm import DTYPES, MOST, normed_sum, norms
 def rms_norm(values: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
     """`values` / rms over the last dimension, times `weight` (no +1), computed in float32.
 
-    A GPU has a kernel for it: torch's takes three times as long for one row. On a CPU F.rms_norm is
-    six calls, 25 us for one token; with hypot(norm, sqrt(n * epsilon)) for the root it is four
-    calls and 12 us, 30 times a step.
+    A GPU has a kernel for it: torch's takes 8 us for one row of 5,376 (an H100). On a CPU
+    F.rms_norm is six calls, 25 us for one token; with hypot(norm, sqrt(n * epsilon)) for the root
+    it is four calls and 12 us, 30 times a step.
     """
     size = int(values.shape[-1])  # a plain number also where the step is being recorded
     if weight is not None and by_kernel(values, weight):
@@ -75,7 +75,7 @@ def joined(
     """(residual + own(branch)) * scale, and what norms make of that; all [T, size]."""
     weights = [each.weight for each in following]
     if by_kernel(branch, own.weight, *weights) and residual.is_contiguous():
-        return normed_sum([(branch, own.weight)], residual, scale, weights, own.epsilon)
+        return normed_sum([(branch, own.weight)], residual, scale, weights, epsilon=own.epsilon)
     total = residual + own(branch)
     total = total if scale is None else total * scale
     return [total, *(each(total) for each in following)]
