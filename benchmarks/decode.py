@@ -134,7 +134,7 @@ def row_of(
         **{"model": name, "format": str(source.format), "batch": batch},
         **{"tokens_per_s": batch / step, "ms": step * 1e3, "low": low * 1e3, "high": high * 1e3},
         **{"limit_ms": limit * 1e3, "of_limit": limit / step},
-        **{"begun_one_by_one_ms": median(begun) * 1e3, "peak_gib": gib, "same": True},
+        **{"begun_one_by_one_ms": median(begun) * 1e3, "peak_gib": gib},
     }
 
 

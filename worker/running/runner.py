@@ -8,7 +8,6 @@ size (`replayed`). What it gave up: keys and values in one tensor, which one gat
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -91,17 +90,19 @@ class ModelRunner:
         """
         self.broken, self.overfull = [], []
         one_each = all(len(chunk.tokens) == chunk.logits == 1 for chunk in chunks)
-        limits = self._limits(chunks)
         if self._replayed and one_each and not self.watched:
-            outcome = self._replayed(chunks, limits.tolist())
+            outcome = self._replayed(chunks, self._limits(chunks))
             self._look(outcome, np.arange(len(chunks)))
             return outcome.logits
         step = build_step(chunks, self.windows, self.block_size, self.device)
         if self._recorded and one_each and not self.watched:
             return self._recorded(step)
         assert step.owners is not None
-        each = torch.from_numpy(limits[step.owners]).to(self.device)
-        outcome = self._run(step, each)
+        limits = None
+        if isinstance(self.caches, NarrowCaches):
+            each = np.asarray(self._limits(chunks), np.float32)[step.owners]
+            limits = torch.from_numpy(each).to(self.device)
+        outcome = self._run(step, limits)
         self._look(outcome, step.owners)
         return outcome.logits
 
@@ -127,14 +128,14 @@ class ModelRunner:
             if numbers:
                 self.caches.wipe(group, torch.tensor(numbers, device=self.device))
 
-    def _limits(self, chunks: Sequence[Chunk]) -> npt.NDArray[np.float32]:
+    def _limits(self, chunks: Sequence[Chunk]) -> list[float]:
         """How far off keys and values of each chunk may be; of no use to plain caches."""
         own = self.caches.max_error if isinstance(self.caches, NarrowCaches) else 0.0
-        errors = [own if chunk.max_error is None else chunk.max_error for chunk in chunks]
-        return np.asarray(errors, np.float32)
+        return [own if chunk.max_error is None else chunk.max_error for chunk in chunks]
 
-    def _run(self, step: Step, limits: Tensor) -> Outcome:
+    def _run(self, step: Step, limits: Tensor | None) -> Outcome:
         if isinstance(self.caches, NarrowCaches):
+            assert limits is not None
             self.caches.begin(limits)
         hidden = self._hidden(step, self.caches)
         marks = None
