@@ -6,19 +6,19 @@ cannot give back because it is in pieces is not in it, nor what the device's dri
 
 from ...kernels.attention import wide_scratch
 from ..config import EngineConfig
-from ..model.config import LayerConfig, ModelConfig
+from ..model.config import LayerConfig, ModelConfig, cache_groups
 
 _LOGIT_BYTES = 20
 """Of a scored token for each word: logits, log-probabilities, and their comparison with the
 token's own (17 measured)."""
+_DRAW_BYTES = 64
+"""The same of a drawn token: logits, sorted values and ids, probabilities, sums (50 measured)."""
+_RECORDED_BYTES = 14
+"""The same of a recorded step's row: the head's result, and three float32 of its cap."""
 MOST_RECORDINGS = 32
 """Decode steps that are kept as CUDA graphs."""
 _GRAPH_BYTES = 1 << 16
 """Of one of them for each layer, which the driver keeps (2 to 4 MiB for 60 layers, an H100)."""
-_RECORDED_BYTES = 14
-"""Of a recorded step's row for each word: the head's result, and three float32 of its cap."""
-_DRAW_BYTES = 64
-"""The same of a drawn token: logits, sorted values and ids, probabilities, sums (50 measured)."""
 
 
 def workspace(
@@ -38,7 +38,7 @@ def workspace(
     attention = max(_attention(layer, tokens, rows, context, dtype_size) for layer in model.layers)
     masks = 3 * dtype_size * max(tokens, rows) * context
     words = max(_LOGIT_BYTES * tokens, _DRAW_BYTES * rows) * model.vocab_size
-    additions = 4 * tokens * len(model.layers) * model.per_layer_input_size * dtype_size
+    additions = _additions(model, tokens, dtype_size)
     # Layers, then the head: what one has taken is free for the other.
     return expanded + additions + masks + max(through + attention, words)
 
@@ -52,11 +52,17 @@ def recordings(config: EngineConfig, model: ModelConfig, context: int, dtype_siz
     """Bytes of decode steps as CUDA graphs: the pool that they work in, inputs, logits, graphs."""
     rows = rows_of(config)
     through = rows * max(_layer(model, layer, dtype_size) for layer in model.layers)
-    words = rows * model.vocab_size
-    tables = 2 * rows * -(-context // config.block_size)
-    kept = 4 * words + 8 * (8 * rows + tables)
-    kept += MOST_RECORDINGS * _GRAPH_BYTES * len(model.layers)
-    return kept + max(through, _RECORDED_BYTES * words)
+    words, groups = rows * model.vocab_size, len(cache_groups(model))
+    # Tokens, positions and limits; slots, offsets and a table in each group.
+    inputs = (rows + 1) * (3 + groups * (2 + -(-context // config.block_size)))
+    graphs = MOST_RECORDINGS * _GRAPH_BYTES * len(model.layers)
+    additions = _additions(model, rows, dtype_size)
+    return 4 * words + 8 * inputs + graphs + additions + max(through, _RECORDED_BYTES * words)
+
+
+def _additions(model: ModelConfig, tokens: int, dtype_size: int) -> int:
+    """Of inputs that each layer has of its own, while they are made."""
+    return 4 * tokens * len(model.layers) * model.per_layer_input_size * dtype_size
 
 
 def _layer(model: ModelConfig, layer: LayerConfig, dtype_size: int) -> int:

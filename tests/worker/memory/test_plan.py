@@ -19,6 +19,7 @@ from conclave.worker.memory.plan import Plan, plan_memory
 from conclave.worker.memory.shapes import NAMES, shape_of
 from conclave.worker.model.config import ModelConfig, cache_groups
 from conclave.worker.model.storage import Storage, storage_of
+from conclave.worker.running.inputs import DecodeShape
 from conclave.worker.weights import blank_decoder
 
 GIB = 2**30
@@ -183,6 +184,20 @@ def test_what_products_work_in_counts_once_a_stream() -> None:
         bytes_each = [group.bytes_per_token(2) for group in cache_groups(model)]
         sizes = (config, model, storage, 40 * GIB, 2, bytes_each)
         assert plan_memory(*sizes, library).step == plan_memory(*sizes).step + times * library
+
+
+def test_what_graphs_take_is_set_aside() -> None:
+    """A stream more that multiplies, and no less than is kept for good: inputs and logits."""
+    library = 32 * 2**20
+    for (model, storage), rows, context in ((INT4, 64, 8192), (INT4_EXPERTS, 3, 1000)):
+        settings = {"model": "m", "max_context": context, "max_sequences": rows}
+        config, groups = EngineConfig.model_validate(settings), cache_groups(model)
+        bytes_each = [group.bytes_per_token(2) for group in groups]
+        sizes = (config, model, storage, 60 * GIB, 2, bytes_each, library)
+        more = plan_memory(*sizes, graphs=True).step - plan_memory(*sizes).step - library
+        widest = DecodeShape(rows, (-(-context // config.block_size),) * len(groups))
+        kept = 8 * widest.numbers + 4 * rows * model.vocab_size
+        assert kept < more < kept + 20 * rows * model.vocab_size + 2**28
 
 
 def test_all_weights_stay_where_they_can() -> None:
