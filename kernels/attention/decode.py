@@ -33,9 +33,10 @@ from ..launching.overlap import both_ways, overlap_options, overlaps
 from ..launching.targets import KIB, NVIDIA, Target, processors_of, target_of
 from ..workspace import PARTIALS, workspace
 from .cache import KeyRule, KVFormat, NarrowCache
-from .decode_mma import decode_mma
 from .decode_tiles import decode_narrow, decode_plain
-from .mma_rows import HEADS, LISTED, WARPS, together
+from .mma.decode import decode_mma
+from .mma.layouts import HEADS, WARPS
+from .mma.rows import LISTED, together
 from .splits import join_splits, shape_of, splits_of, turn_query
 from .store import SHIPPED
 

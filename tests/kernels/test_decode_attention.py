@@ -10,7 +10,7 @@ import torch
 from conclave.kernels.attention import decode as module
 from conclave.kernels.attention.cache import KeyRule, KVFormat, NarrowCache, Overflow
 from conclave.kernels.attention.decode import decode
-from conclave.kernels.attention.decode_mma import decode_mma
+from conclave.kernels.attention.mma.decode import decode_mma
 from conclave.kernels.attention.reference import attention, store
 from conclave.kernels.attention.splits import splits_of
 from conclave.kernels.errors import KernelInputError

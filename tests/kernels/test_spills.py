@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from conclave.kernels.attention.decode import variants
-from conclave.kernels.attention.decode_mma import decode_mma
+from conclave.kernels.attention.mma.decode import decode_mma
 from conclave.kernels.launching import bundle
 from conclave.kernels.launching.loader import Bundle, Entry
 from conclave.kernels.launching.targets import ALL, KIB

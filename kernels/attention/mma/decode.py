@@ -1,15 +1,15 @@
 """The program of decode attention over narrow pages in 8 bits, by `mma` on NVIDIA's cards.
 
-A step takes TILE rows (`mma_rows`), which pass through shared memory as they are stored, the next
+A step takes TILE rows (`rows`), which pass through shared memory as they are stored, the next
 step's under way while this one's are used: nothing is widened before the tensor cores want it.
 Scores are products of rows and the two digits of up to eight query heads in int8, which are read
 from shared memory again each step; values are multiplied by two digits of probabilities
-(`mma_products`). Each warp has a fourth of the rows, then a fourth of the columns, so that only
+(`products`). Each warp has a fourth of the rows, then a fourth of the columns, so that only
 scores' maxima and probabilities go from warp to warp. Registers and shared memory are kept so few
 that three programs run on a Hopper processor: what limits them is how long each waits.
 
 It gave up more than eight query heads a key head, digits of 4 bits, and heads that RoPE turns in
-fewer than 64 columns; `decode_tiles` has these. `decode` tells what is computed.
+fewer than 64 columns; `..decode_tiles` has these. `..decode` tells what is computed.
 """
 
 import triton.language as tl
@@ -17,18 +17,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from ..launching.launch import Kernel
-from ..workspace import barrier
-from .decode_tiles import LIFT, TINY, share_of
-from .mma_products import (
-    keys_apart,
-    mixed,
-    of_both_digits,
-    scores_of,
-    signs_of_hadamard,
-    two_digits,
-)
-from .mma_rows import (
+from ...launching.launch import Kernel
+from ...workspace import barrier
+from ..decode_tiles import LIFT, TINY, share_of
+from ..splits import DIGIT
+from .layouts import (
     BYTES,
     BYTES_ON_SIDE,
     COLUMNS,
@@ -37,7 +30,6 @@ from .mma_rows import (
     COUPLES,
     HEAD,
     HEADS,
-    LISTED,
     MMA,
     ON_SIDE,
     PART,
@@ -45,14 +37,16 @@ from .mma_rows import (
     PLAIN_ROWS,
     ROW,
     WARPS,
-    about_rows,
-    copy_codes,
-    index_of,
-    key_of,
-    list_wide,
-    page_of,
 )
-from .splits import DIGIT
+from .products import (
+    keys_apart,
+    mixed,
+    of_both_digits,
+    scores_of,
+    signs_of_hadamard,
+    two_digits,
+)
+from .rows import LISTED, about_rows, copy_codes, index_of, key_of, list_wide, page_of
 
 
 @gluon.jit

@@ -14,7 +14,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from .mma_rows import (
+from ..splits import DIGIT
+from .layouts import (
     BYTE_PAIRS,
     BYTES_LEFT,
     BYTES_RIGHT,
@@ -27,7 +28,6 @@ from .mma_rows import (
     PART,
     RIGHT,
 )
-from .splits import DIGIT
 
 _WHOLE = gl.constexpr(int(DIGIT.value))
 # Of four keys' pairs of bytes the first ones, and the second ones.
